@@ -1,0 +1,129 @@
+"""gunicorn's settings for llm-router. Every line that is not a default has its reason above it."""
+
+import errno
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+from gunicorn.workers import gthread
+
+
+def whole_number(name, default):
+    """The setting `name`; the start stops with its name when it is no whole number."""
+    value = os.environ.get(name) or str(default)
+    if not value.isdecimal() or int(value) < 1:
+        sys.exit(f"router: {name}: expected a whole number, got {value!r}")
+    return int(value)
+
+
+here = pathlib.Path(__file__).resolve().parent
+
+bind = os.environ.get("ROUTER_BIND") or "127.0.0.1:3456"
+
+# Circuits, counters and permits live in one process; threads serve the concurrency.
+workers = 1
+threads = whole_number("ROUTER_THREADS", 64)
+
+# Every thread and as many idle connections again; the default of 1,000 is below 1,024 threads.
+worker_connections = max(1000, 2 * threads)
+
+# nginx drops an idle connection after 60 s; whoever closes first must not be the server, or a
+# request that is just being sent is lost.
+keepalive = 75
+
+# A reload or a stop lets streams go on for this long; the worker is killed after it.
+graceful_timeout = 60
+
+# A stuck interpreter is restarted after this; threads that wait for an upstream do not count.
+timeout = 30
+
+# The control socket is one more way in, and nobody here uses it.
+control_socket_disable = True
+
+# Retiring a worker after so many requests leaves nobody to answer while its last streams end:
+# with one worker that was an outage of 19 s.
+max_requests = 0
+
+# The heartbeat file on a disk can block the worker for seconds; memory cannot.
+worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None
+
+# A header of OpenClaw or a browser stays far below; nginx allows 8 KB too.
+limit_request_field_size = 8190
+
+# One log, ours: gunicorn's access log would add a line per request without saying why.
+accesslog = None
+loglevel = os.environ.get("ROUTER_GUNICORN_LOGLEVEL") or "warning"
+
+proc_name = "llm-router"
+
+
+class Worker(gthread.ThreadWorker):
+    """gthread whose own refusals (a malformed head, 100 KB of headers) are JSON like all others."""
+
+    def handle_error(self, req, client, addr, exc):
+        """Let gunicorn word the refusal, then send it as JSON instead of HTML."""
+        super().handle_error(req, Envelope(client), addr, exc)
+
+
+class Envelope:
+    """Stands in for the client's socket while gunicorn writes its HTML page."""
+
+    def __init__(self, sock):
+        self._sock = sock
+
+    def __getattr__(self, name):
+        return getattr(self._sock, name)
+
+    def sendall(self, page):
+        """Send the status of gunicorn's page with our envelope as its body."""
+        head = page.split(b"\r\n", 1)[0]
+        status = int(head.split(b" ")[1])
+        kind = "internal_error" if status == 500 else "bad_request"
+        said = head.split(b" ", 2)[2].decode("latin1")
+        text = f"the request is malformed: {said}"
+        error = {"message": text, "type": kind, "param": None, "code": kind}
+        body = json.dumps({"error": error}).encode()
+        self._sock.sendall(
+            head
+            + b"\r\nConnection: close\r\nContent-Type: application/json\r\n"
+            + b"Content-Length: %d\r\n\r\n" % len(body)
+            + body
+        )
+
+
+worker_class = Worker
+
+
+def on_starting(server):
+    """Refuse to start with a sentence, not with a traceback; then say where the service listens."""
+    if os.environ.get("LISTEN_FDS") or os.environ.get("GUNICORN_FD"):
+        return  # a socket handed over by systemd or by an older master
+    check_port(server)
+    # A child, because a master that imports router would hand old code to workers after a reload.
+    found = subprocess.run(
+        [sys.executable, str(here / "router.py"), "check", "--banner"], check=False, cwd=here
+    )
+    if found.returncode:
+        sys.exit(found.returncode)
+
+
+def check_port(server):
+    """Exit with a sentence when the port is taken."""
+    for address in server.cfg.address:
+        if not isinstance(address, tuple):
+            continue
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(address)
+            except OSError as e:
+                if e.errno != errno.EADDRINUSE:
+                    sys.exit(f"router: cannot listen on {address[0]}:{address[1]}: {e.strerror}")
+                sys.exit(
+                    f"router: port {address[1]} is taken, perhaps by another router; choose one "
+                    f"with ROUTER_BIND=127.0.0.1:{address[1] + 1}"
+                )

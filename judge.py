@@ -1,0 +1,123 @@
+"""What counts as a failure: one table, and the function that finds an answer's row in it.
+
+An attempt ends with one word, its outcome. `VERDICTS` says of each outcome whether the next model
+of the chain is tried and whether the model gets a strike; `judge` finds the outcome for what an
+upstream answered. To teach the router a new kind of failure, add a row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from typing import Any, NamedTuple
+
+import requests
+
+from wire import MAX_ERROR, Failure, Flight, parse_loosely, read_whole, retry_after_of
+
+
+class Verdict(NamedTuple):
+    """What an outcome means: `next` is yes, no, or once (a second opinion); `strike` counts."""
+
+    next: str
+    strike: bool
+    says: str
+
+
+VERDICTS = {
+    "connect": Verdict("yes", True, "could not be reached"),
+    "tls": Verdict("yes", True, "has no valid TLS certificate"),
+    "reset": Verdict("yes", True, "closed the connection"),
+    "first_token": Verdict("yes", True, "sent no token in time"),
+    "answer": Verdict("yes", True, "did not finish its answer in time"),
+    "idle": Verdict("yes", True, "stopped in mid-answer"),
+    "cut": Verdict("yes", True, "broke off in mid-answer"),
+    "server_error": Verdict("yes", True, "failed"),
+    "redirect": Verdict("yes", True, "answered with a redirect"),
+    "not_an_answer": Verdict("yes", True, "sent something that is no answer"),
+    "rate_limited": Verdict("yes", True, "is rate limited"),
+    "unknown_model": Verdict("yes", True, "is not known to its upstream"),
+    "not_found": Verdict("yes", False, "was not found"),
+    "empty": Verdict("once", False, "sent an empty answer"),
+    "refused": Verdict("once", False, "refused the request"),
+    "context_length": Verdict("yes", False, "cannot take a prompt of this length"),
+    "unauthorized": Verdict("yes", False, "was refused for its key"),
+    "payment": Verdict("yes", False, "wants payment"),
+    "client_error": Verdict("yes", False, "refused the request"),
+    "content_filter": Verdict("no", False, "refused the content"),
+    "total": Verdict("no", False, "ran out of the time for the whole request"),
+    "client_left": Verdict("no", False, "was left by the client"),
+    "internal_error": Verdict("no", False, "met a bug of the router"),
+}
+# A status whose text says nothing more. Other 3xx, 4xx and 5xx: see judge.
+BY_STATUS = {
+    400: "refused", 401: "unauthorized", 402: "payment", 404: "not_found", 408: "server_error",
+    413: "context_length", 422: "refused", 429: "rate_limited",
+}  # fmt: skip
+# What the text of an error says, for the statuses in which upstreams say it; the first row wins.
+BY_TEXT = (
+    ("context_length", (400, 422), re.compile(
+        r"context.?(length|window|size)|maximum.?context|too many (input |prompt )?tokens|too long"
+        r"|reduce the length|exceeds? .{0,60}(tokens|context)|token limit", re.I)),
+    ("content_filter", (400, 403), re.compile(
+        r"content.?(filter|policy|management|moderation)|moderation|flagged|safety|responsible.?ai",
+        re.I)),
+    ("unknown_model", (400, 404), re.compile(
+        r"model.{0,80}(not.(found|exist|valid|support|available)|does not exist)"
+        r"|no (endpoints|models?) found|(unknown|invalid|no such|not a valid) model", re.I)),
+    ("unauthorized", (403,), re.compile(
+        r"api.?key|credential|authenticat|authoriz|permission|token|user not found", re.I)),
+)  # fmt: skip
+
+
+def judge(status: int, text: str) -> str:
+    """The outcome, a key of VERDICTS, of an upstream's status and what its error says."""
+    for outcome, statuses, pattern in BY_TEXT:
+        if status in statuses and pattern.search(text[:2000]):
+            return outcome
+    if 300 <= status < 400:
+        return "redirect"
+    other = (
+        "server_error" if status >= 500 else "client_error" if status >= 400 else "not_an_answer"
+    )
+    return BY_STATUS.get(status, other)
+
+
+def failure_from(status: int, body: Any, retry_after: str | None = None) -> Failure:
+    """The failure that an error answer means, in any upstream's dialect.
+
+    OpenAI and Ollama send {"error": {...}}; OpenRouter the same with a numeric code, also inside a
+    200 and in a stream; others {"error": "text"}, {"detail": ...} or {"message": ...}.
+    """
+    body = body if isinstance(body, dict) else {}
+    error = body.get("error") or body.get("detail") or body.get("message")
+    error = error if isinstance(error, dict) else {"message": error}
+    metadata = error.get("metadata")
+    hints = metadata if isinstance(metadata, dict) else {}
+    flagged = "flagged" if hints.get("reasons") else ""
+    parts = [error.get("code"), error.get("type"), error.get("message"), hints.get("raw"), flagged]
+    text = " ".join(str(part) for part in parts if isinstance(part, str | int))
+    if status < 300:
+        code = str(error.get("code") or error.get("status"))
+        told = int(code) if code.isdecimal() and len(code) == 3 and code[0] in "45" else 0
+        says_why = any(pattern.search(text) for _, _, pattern in BY_TEXT[:2])
+        status = told or (400 if says_why else 500)
+    message = error.get("message") if isinstance(error.get("message"), str) else ""
+    wait_s = retry_after_of(retry_after) if status in (429, 503) else None
+    return Failure(judge(status, text), str(message), status, wait_s)
+
+
+def check_head(response: requests.Response, flight: Flight) -> None:
+    """Failure unless status and headers announce an answer that we can read."""
+    status = response.status_code
+    plain = response.headers.get("Content-Encoding", "identity").lower() in ("", "identity")
+    if status == 200 and plain:
+        return
+    if 200 <= status < 300:
+        raise Failure("not_an_answer", f"status {status}" if plain else "compressed", status)
+    data = b""
+    with contextlib.suppress(Failure):  # the status is the verdict, with or without its text
+        data = read_whole(response, flight, MAX_ERROR) if plain else b""
+    if flight.why:
+        raise Failure(flight.why, status=status)
+    raise failure_from(status, parse_loosely(data), response.headers.get("Retry-After"))

@@ -1,0 +1,327 @@
+"""Counters, cost and the recent requests: what the router did, exact to the request and the cent.
+
+One dictionary of counters behind one lock; JSON and Prometheus text are two views of it.
+Nothing here knows Flask or HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import logging.handlers
+import math
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from routes_file import Model, Table, now_text
+
+log = logging.getLogger("llm_router")
+
+RECENT = 100  # requests kept for /metrics and the page
+SAMPLES = 512  # latencies kept per model for the percentiles
+BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+FINE_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.01, 0.05, 0.25, 1.0, 2.5)
+Key = tuple[str, ...]
+
+
+def _count(usage: Mapping[str, Any], *path: str) -> int:
+    """A token count somewhere in `usage`; 0 when it is missing or nonsense."""
+    value: Any = usage
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    sound = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
+    return value if sound else 0
+
+
+def token_counts(usage: Mapping[str, Any]) -> dict[str, int]:
+    """{input, output, cached, reasoning} tokens; cached is part of input, reasoning of output."""
+    return {
+        "input": _count(usage, "prompt_tokens"),
+        "output": _count(usage, "completion_tokens"),
+        "cached": _count(usage, "prompt_tokens_details", "cached_tokens"),
+        "reasoning": _count(usage, "completion_tokens_details", "reasoning_tokens"),
+    }
+
+
+def cost_of(model: Model, usage: Mapping[str, Any]) -> tuple[float | None, str]:
+    """USD and where the figure comes from: upstream, routes.json, free, or (None, unknown)."""
+    told = usage.get("cost")
+    if (
+        isinstance(told, int | float)
+        and not isinstance(told, bool)
+        and math.isfinite(told)
+        and told >= 0
+    ):
+        return float(told), "upstream"
+    if model.id.endswith(":free"):
+        return 0.0, "free"
+    if model.cost is None or not usage:
+        return None, "unknown"
+    tokens, price = token_counts(usage), model.cost
+    cached = min(tokens["cached"], tokens["input"])
+    usd = (tokens["input"] - cached) * price["input"] + tokens["output"] * price["output"]
+    usd += cached * price.get("cached_input", price["input"])
+    return usd / 1e6, "routes.json"
+
+
+@dataclass
+class Attempt:
+    """One try of one model and what came of it."""
+
+    model: Model
+    outcome: str
+    status: int | None
+    seconds: float = 0.0
+    usage: Mapping[str, Any] = field(default_factory=dict)
+    cost_usd: float | None = None
+    cost_source: str = "unknown"
+
+    def price(self, usage: Mapping[str, Any]) -> None:
+        """Note what it used and what that cost."""
+        self.usage = usage
+        self.cost_usd, self.cost_source = cost_of(self.model, usage)
+
+    def summary(self) -> dict[str, Any]:
+        """For `error.attempts` and the recent requests."""
+        ms = round(self.seconds * 1000)
+        return {"model": self.model.id, "outcome": self.outcome, "status": self.status, "ms": ms}
+
+
+@dataclass
+class Record:
+    """What is told of one request when it has ended; no prompt, no answer."""
+
+    id: str
+    outcome: str = ""
+    status: int = 200
+    category: str = "none"
+    mode: str = "none"
+    reason: str = ""
+    stream: bool = False
+    attempts: list[Attempt] = field(default_factory=list)
+    answer: Attempt | None = None
+    seconds: float = 0.0
+    first_token_s: float | None = None
+    choose_s: float = 0.0
+
+    @property
+    def last(self) -> Attempt | None:
+        """The attempt that answered, or the last one made."""
+        return self.answer or (self.attempts[-1] if self.attempts else None)
+
+    @property
+    def counted_as(self) -> str:
+        """success, failed, cancelled, or rejected (it ended before an attempt)."""
+        if self.outcome == "client_left":
+            return "cancelled"
+        return self.outcome if self.attempts else "rejected"
+
+    def tries(self) -> list[dict[str, Any]]:
+        """A summary of each attempt."""
+        return [attempt.summary() for attempt in self.attempts]
+
+    def summary(self) -> dict[str, Any]:
+        """The request as /metrics and the log show it."""
+        last = self.last
+        tokens = token_counts(last.usage if last else {})
+        first_ms = None if self.first_token_s is None else round(self.first_token_s * 1000, 2)
+        return {
+            "time": now_text(), "id": self.id, "outcome": self.counted_as, "status": self.status,
+            "category": self.category, "mode": self.mode, "reason": self.reason,
+            "model": last.model.id if last else None, "attempts": self.tries(),
+            "stream": self.stream,
+            "latency_ms": round(self.seconds * 1000, 2), "first_token_ms": first_ms,
+            "choose_ms": round(self.choose_s * 1000, 3),
+            "tokens_in": tokens["input"], "tokens_out": tokens["output"],
+            "cost_usd": last.cost_usd if last else None,
+            "cost_source": last.cost_source if last else "unknown",
+        }  # fmt: skip
+
+
+class Metrics:
+    """What happened since the start: dictionaries of counts and sums behind one lock."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._started = clock()
+        self._lock = threading.Lock()  # guards everything below
+        self._counts: Counter[Key] = Counter()
+        self._sums: dict[Key, float] = {}
+        self._latencies: dict[str, deque[float]] = {}
+        self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
+        self._day = ("", 0.0)
+
+    def reject(self) -> None:
+        """Book a request that ended before anything was known of it."""
+        with self._lock:
+            self._counts["requests", "rejected"] += 1
+
+    def record(self, call: Record) -> None:
+        """Book one request. Only labels of the configuration become keys."""
+        entry, outcome, today = call.summary(), call.counted_as, _today()
+        with self._lock:
+            self._counts["requests", outcome] += 1
+            self._observe("choose", call.mode, call.choose_s, FINE_BUCKETS_S)
+            for attempt in call.attempts:
+                self._book_attempt(attempt, today)
+            if outcome == "success" and call.last:
+                self._book_success(call, call.last.model.id)
+            if outcome in ("success", "failed"):
+                self._counts["route", call.category, call.mode, outcome] += 1
+                self._observe("duration", call.category, call.seconds, BUCKETS_S)
+            self._recent.append(entry)
+
+    def _book_attempt(self, attempt: Attempt, today: str) -> None:
+        id_ = attempt.model.id
+        self._counts["attempt", id_, attempt.outcome] += 1
+        for kind, n in token_counts(attempt.usage).items():
+            self._counts["tokens", id_, kind] += n
+        if attempt.cost_usd is not None:
+            self._add(("cost", id_), attempt.cost_usd)
+            spent = self._day[1] if self._day[0] == today else 0.0
+            self._day = (today, spent + attempt.cost_usd)
+        elif attempt.usage or attempt.outcome == "success":
+            self._counts["unpriced", id_] += 1
+
+    def _book_success(self, call: Record, id_: str) -> None:
+        for key in (("category", call.category), ("mode", call.mode), ("model", id_)):
+            self._counts[key] += 1
+        self._latencies.setdefault(id_, deque(maxlen=SAMPLES)).append(call.seconds)
+        self._add(("latency", id_), call.seconds)
+        if call.first_token_s is not None:
+            self._observe("first_token", id_, call.first_token_s, BUCKETS_S)
+
+    def _observe(self, name: str, label: str, seconds: float, buckets: tuple[float, ...]) -> None:
+        bucket = next((b for b in buckets if seconds <= b), math.inf)
+        self._counts[name, label, str(bucket)] += 1
+        self._add((name, label), seconds)
+
+    def _add(self, key: Key, amount: float) -> None:
+        self._sums[key] = self._sums.get(key, 0.0) + amount
+
+    def spent_today_usd(self) -> float:
+        """USD since midnight UTC, as far as prices are known."""
+        today = _today()
+        with self._lock:
+            return self._day[1] if self._day[0] == today else 0.0
+
+    def recent(self) -> list[dict[str, Any]]:
+        """The last requests, newest first."""
+        with self._lock:
+            return list(self._recent)[::-1]
+
+    def as_json(self, table: Table) -> dict[str, Any]:
+        """The reference's keys and what we add; model_distribution shows short names."""
+        with self._lock:
+            counts, sums = dict(self._counts), dict(self._sums)
+            latencies = {id_: sorted(values) for id_, values in self._latencies.items()}
+        requests = {
+            o: counts.get(("requests", o), 0)
+            for o in ("success", "failed", "rejected", "cancelled")
+        }
+        labels = table.labels()
+        models = sorted({key[1] for key in counts if key[0] == "attempt"})
+        tokens = {kind: sum(n for k, n in counts.items() if k[0] == "tokens" and k[2] == kind)
+                  for kind in ("input", "output", "cached", "reasoning")}  # fmt: skip
+        return {
+            "requests": {"total": requests["success"] + requests["failed"], **requests},
+            "avg_latency_ms": _average_ms("latency", requests["success"], sums),
+            "total_cost_usd": round(sum(s for k, s in sums.items() if k[0] == "cost"), 10),
+            "model_distribution": {labels.get(id_, id_): n for id_, n in _column("model", counts)},
+            "category_distribution": dict(_column("category", counts)),
+            "routing_mode_distribution": dict(_column("mode", counts)),
+            "unpriced_requests": sum(n for _, n in _column("unpriced", counts)),
+            "spent_today_usd": round(self.spent_today_usd(), 10),
+            "tokens": tokens,
+            "models": {
+                id_: _model_figures(id_, counts, sums, latencies.get(id_)) for id_ in models
+            },
+            "avg_first_token_ms": _average_ms(
+                "first_token", _observed("first_token", counts), sums
+            ),
+            "avg_choosing_ms": _average_ms("choose", _observed("choose", counts), sums),
+            "uptime_sec": round(self._clock() - self._started, 1),
+        }
+
+
+def _today() -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime())
+
+
+def _column(name: str, counts: Mapping[Key, int]) -> list[tuple[str, int]]:
+    return [(key[1], n) for key, n in counts.items() if key[0] == name]
+
+
+def _observed(name: str, counts: Mapping[Key, int]) -> int:
+    return sum(n for _, n in _column(name, counts))
+
+
+def _average_ms(name: str, n: int, sums: Mapping[Key, float]) -> float:
+    total = sum(s for key, s in sums.items() if key[0] == name)
+    return round(1000 * total / n, 3) if n else 0.0
+
+
+def _model_figures(id_: str, counts: Mapping[Key, int], sums: Mapping[Key, float],
+                   latencies: list[float] | None) -> dict[str, Any]:  # fmt: skip
+    n, mine = counts.get(("model", id_), 0), [(k, c) for k, c in counts.items() if k[1] == id_]
+    ranked = latencies or []
+    at = {p: ranked[min(len(ranked) - 1, len(ranked) * p // 100)] for p in (50, 95, 99) if ranked}
+    return {
+        "success": n,
+        "attempts": {k[2]: c for k, c in mine if k[0] == "attempt"},
+        "tokens": {k[2]: c for k, c in mine if k[0] == "tokens"},
+        "cost_usd": round(sums.get(("cost", id_), 0.0), 10),
+        "avg_latency_ms": round(1000 * sums.get(("latency", id_), 0.0) / n, 2) if n else None,
+        **{f"p{p}_ms": round(1000 * seconds, 2) for p, seconds in at.items()},
+    }
+
+
+def logfmt(entry: Mapping[str, Any]) -> str:
+    """key=value pairs; values with spaces or control characters are quoted and escaped."""
+    return " ".join(f"{k}={_logfmt_value(v)}" for k, v in entry.items() if v not in (None, "", []))
+
+
+def _logfmt_value(value: Any) -> str:
+    if isinstance(value, list):
+        value = ",".join(f"{item['model']}:{item['outcome']}" for item in value)
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    plain = text.isascii() and text.isprintable() and not set(text) & set(' "=')
+    return text if plain else json.dumps(text)
+
+
+def log_to_stderr() -> None:
+    """One line per event on stderr, in UTC."""
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("level=%(levelname)s %(message)s"))
+        log.addHandler(handler)
+        log.propagate = False
+    log.setLevel(logging.INFO)
+
+
+def log_rejections(path: Path) -> logging.Logger:
+    """A logger for one JSON line per 422, in `path`, rotating; places and rules, never values."""
+    logger = logging.Logger("validation")
+    try:
+        logger.addHandler(RejectionFile(path, maxBytes=1_000_000, backupCount=1, encoding="utf-8"))
+    except OSError as e:
+        log.warning("event=no_validation_log file=%s why=%s", path, json.dumps(e.strerror))
+        logger.addHandler(logging.NullHandler())
+    return logger
+
+
+class RejectionFile(logging.handlers.RotatingFileHandler):
+    """A log file that may become unwritable: one warning, and the request goes on."""
+
+    warned = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say it once instead of printing a traceback with every line."""
+        if not self.warned:
+            self.warned = True
+            log.warning("event=validation_log_unwritable file=%s", self.baseFilename)

@@ -1,0 +1,273 @@
+"""What a person said inside a chat request, and the words and shapes of it.
+
+`user_texts` finds the user's texts and strips what clients wrap around them; `tokens_of` makes
+words comparable; `signals_of` sees code, formulas and word problems; `Continuations` knows a
+follow-up. Pure functions of a text: no state, no categories of a table.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+# --- the text ----------------------------------------------------------------------------------
+
+# OpenClaw puts the new message of a group chat after its history; the last such line counts.
+CURRENT = re.compile(r"\[(?:Current message|CURRENT MESSAGE)\b[^\[\]\n]{0,60}\]")
+# Every block may be unclosed: `|\Z` also keeps the search linear, for nothing is scanned twice.
+WRAPPINGS = tuple(
+    (mark, re.compile(pattern, re.S | re.M))
+    for mark, pattern in (
+        (
+            "<<<BEGIN_OPENCLAW",
+            r"<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>.*?"
+            r"(?:<<<END_OPENCLAW_INTERNAL_CONTEXT>>>|\Z)",
+        ),
+        ("<system-reminder>", r"<system-reminder>.*?(?:</system-reminder>|\Z)"),
+        (
+            "<active_memory_plugin>",
+            r"(?:^Context:\s*?\n)?<active_memory_plugin>.*?"
+            r"(?:</active_memory_plugin>|\Z)",
+        ),
+        ("Untrusted context (", r"^Untrusted context \(metadata.*\Z"),
+        ("(untrusted", r"^[^\n(]{0,80}\(untrusted[^\n]{0,60}\):\s*```json.*?(?:\n\s*```|\Z)"),
+        (
+            "⟦openclaw:ctx⟧",
+            r"^[^\n⟦]{0,120}⟦openclaw:ctx⟧\s*?\n"
+            r"(?:\s*```json.*?(?:\n\s*```|\Z)|.*?(?:\n\s*?\n|\Z))",
+        ),
+        ("[Replying to", r"^\[Replying to .*?(?:\[/Replying\]|\Z)"),
+        ("Queued #", r"^---\nQueued #\d+[^\n]*"),
+        *(
+            (line, rf"^{re.escape(line)}[^\n]*")
+            for line in (
+                "Runtime: agent=",
+                "System: [20",
+                "System (untrusted): [20",
+                "[message_id:",
+                "[from:",
+                "[media attached",
+                "[Queued messages",
+                "<media:",
+                "Current time: ",
+            )
+        ),
+    )
+)
+# `[Sun 2026-11-22 20:58 UTC] `, `[Telegram Bob id:1 +5m] Bob: `, `[WhatsApp +1555] `: a date with
+# a time, an elapsed time, or a channel's name; `[1,2,3]` and `[ERROR]` are the user's own.
+WEEKDAYS = {"mon", "tue", "wed", "thu", "fri", "sat", "sun"}
+STAMP = re.compile(
+    r"\s*\[(?=[^\]\n]{0,300}(?:\d{4}-\d\d-\d\d[ T]\d\d:\d\d|\s\+(?:\d+[smhdwy]|just now)\b)"
+    r"|(?:whatsapp|telegram|discord|slack|imessage|webchat|google ?chat|msteams)\s"
+    r"|cron:)[^\]\n]{0,500}\]"
+    r"(?P<sender> (?:\([\w ]{1,20}\)|[^\s:][^\n:]{0,40}):(?= ))?[ \t]*",
+    re.I,
+)
+
+
+def clean(text: str) -> str:
+    """What the user said in `text`, without what a client put around it; may be empty."""
+    for mark, pattern in WRAPPINGS:
+        if mark in text:
+            text = pattern.sub("", text)
+    if "[" in text:
+        *_, text = CURRENT.split(text)
+        text = strip_stamps(text)
+    return text.strip()
+
+
+def strip_stamps(text: str) -> str:
+    """`text` without the stamps at its head; a sender's name goes only behind a channel's stamp."""
+    for _ in range(3):  # a channel's stamp may stand behind a stamp of the gateway
+        stamp = STAMP.match(text)
+        if not stamp:
+            break
+        head = stamp[0].lstrip()[1:4].lower()
+        channel = head.isalpha() and head not in WEEKDAYS
+        text = text[stamp.end() if channel or not stamp["sender"] else stamp.start("sender") :]
+    return text
+
+
+def user_texts(messages: Any) -> Iterator[str]:
+    """The user's texts, newest first, cleaned; empty ones and what is no text are skipped."""
+    for message in reversed(messages) if isinstance(messages, list) else ():
+        if not isinstance(message, dict) or message.get("role") != "user":
+            continue
+        content = message.get("content")
+        parts = content if isinstance(content, list) else [{"text": content}]
+        texts = (part.get("text") for part in parts if isinstance(part, dict))
+        text = clean("\n".join(text for text in texts if isinstance(text, str)))
+        if text:
+            yield text
+
+
+# --- words -------------------------------------------------------------------------------------
+
+HEAD, TAIL = 1600, 700  # characters: the task stands at one end; the middle is material
+MOST_WORDS = 360  # prose has fewer in that many characters
+ACCENTS = re.compile("[\u0300-\u036f]+")
+LIGATURES = str.maketrans({"œ": "oe", "æ": "ae", "ß": "ss"})
+# c++ and c# and .net are words; a Chinese or Japanese character is one, for no spaces part them.
+TOKEN = re.compile(
+    r"[^\W\d_](?:\+\+|#)(?!\w)|(?<!\w)\.[a-z]\w*|[\u3040-\u30ff\u4e00-\u9fff]"
+    r"|[^\W\u3040-\u30ff\u4e00-\u9fff]+"
+)
+
+
+def cap(text: str) -> str:
+    """`text`, or its head and tail: what follows costs time by the character."""
+    return text if len(text) <= HEAD + TAIL else f"{text[:HEAD]}\n{text[-TAIL:]}"
+
+
+def tokens_of(text: str) -> list[str]:
+    """The words of `text`, case and accents folded; apostrophes and hyphens part words."""
+    text = text.lower()
+    if not text.isascii():
+        folded = unicodedata.normalize("NFD", text.translate(LIGATURES))
+        text = ACCENTS.sub("", folded)
+    words = TOKEN.findall(text)
+    return words if len(words) <= MOST_WORDS else words[: MOST_WORDS - 100] + words[-100:]
+
+
+ENTRY = re.compile(r"(?P<words>.*?)(?P<prefix>\*?)(?:\^(?P<weight>\d+(?:\.\d+)?))?", re.S)
+# Words of code hardly occur elsewhere, those of science everywhere: +1 point, measured.
+
+
+def parse_entry(entry: str) -> tuple[tuple[str, ...], bool, float]:
+    """(words, is a prefix, weight) of `two words`, `word*^2`; ValueError when it has no word."""
+    parts = ENTRY.fullmatch(entry.strip())
+    words = tuple(tokens_of(cap(parts["words"]))) if parts else ()
+    if not parts or not words:
+        raise ValueError(f"{entry!r} holds no letter or digit")
+    return words, bool(parts["prefix"]), float(parts["weight"] or 1)
+
+
+# --- structure ---------------------------------------------------------------------------------
+
+# Plain prose shows none of these and is spared the search for code; without a digit, for sums.
+SYMBOL = re.compile(r"[`(){}<>=;\\$/_\[\]|#~]|\w\.\w|[a-z][A-Z]|[A-Z]{4}|Error")
+DIGIT = re.compile(r"[\d\\²³∫√∑≤≥≠∈∀∃π∞]")
+SHAPES = tuple(
+    (category, f"({name})", weight, re.compile(pattern, re.M))
+    for category, name, weight, pattern in (
+        ("code", "code block", 3, r"```(?!json)|~~~"),
+        (
+            "code",
+            "traceback",
+            4,
+            r"Traceback \(most recent|^ {2,8}at [\w.$]{1,80}\(|"
+            r"\b[A-Z]\w{0,40}(?:Error|Exception):|core dumped|npm ERR!",
+        ),
+        (
+            "code",
+            "definition",
+            5,
+            r"^[ \t]{0,12}(?:(?:async|export|public|private|static|pub) \w|"
+            r"def \w+\(|class \w+[:({]|function\b *\w*\(|func \w+\(|fn \w+[(<]|"
+            r"import [\w.{*]+(?:;| from | as |$)|from [\w.]+ import|#include\b|"
+            r"using [\w.]+;|package \w+;?$|<\?php|#!/|(?:const|let|var) \w+ =)",
+        ),
+        (
+            "code",
+            "sql",
+            4,
+            r"\bSELECT\b[^;]{1,100}\bFROM\b|\b(?:INSERT INTO|CREATE TABLE|"
+            r"UPDATE \w+ SET|DELETE FROM|ALTER TABLE)\b",
+        ),
+        (
+            "code",
+            "markup",
+            3,
+            r"</?(?:div|p|span|html|body|head|script|style|table|t[rdh]|ul|li|a|"
+            r"h[1-6]|input|form|button|img|br|svg|meta|link)\b[^<>\n]{0,200}>",
+        ),
+        ("code", "call", 2, r"\b[a-z]++(?:_\w++|[A-Z]\w*+|\.\w++)\(|\b[a-z]\w{2,40}\(\)"),
+        (
+            "code",
+            "file",
+            2,
+            r"\w\.(?:py|jsx?|tsx?|java|cpp|hpp?|cs|rb|go|rs|php|sh|sql|html?|css|scss|"
+            r"ya?ml|toml|ipynb|kt|swift|vue|ps1|env|conf)\b",
+        ),
+        (
+            "code",
+            "shell",
+            3,
+            r"^[ \t]{0,8}(?:\$ |(?:sudo|git|npm|npx|pip3?|docker|kubectl|curl|ls|cd|"
+            r"chmod|grep|apt|brew|cargo|ssh|yarn|systemctl) +[-\w./])",
+        ),
+        ("code", "operators", 2, r"[=!]==|=>|->|::|&&|\|\||\+=|\);|[{}]$|:\n {2,8}\S|\[\w+\] ?="),
+        ("code", "latex", 1.5, r"\\(?:begin|documentclass|usepackage|section|textbf)\b"),
+        ("reasoning", "choices", 2, r"^\(?[A-D][).] [^\n]*\n\(?[B-D][).] |\bOptions ?:"),
+        ("tools", "path", 2, r"(?<![\w/<.:)])[~.]{0,2}/\w[\w./-]*+(?!>)|\b[A-Z]:\\\w"),
+        (
+            "tools",
+            "document",
+            2,
+            r"\w\.(?:txt|md|csv|pdf|docx?|xlsx?|pptx?|png|jpe?g|gif|mp[34]|zip|"
+            r"log|ics)\b",
+        ),
+    )
+)
+FORMULA = re.compile(
+    r"\\(?:frac|int|sum|sqrt|lim|alpha|pi|theta|cdot|leq?|geq?)\b|[∫√∑≤≥≠∈∀∃π∞]|"
+    r"\b\d{0,6}[a-z] ?(?:\^ ?\d|[²³])|\b[fgh]\([a-z\d]\)|\d ?[*×÷^] ?\d|"
+    r"\b[a-z] ?[=<>] ?-?\d|\b\d{0,6}[a-z] ?[-+] ?\d{1,6}[a-z]? ?[-+=<>)]|"
+    r"\d ?[-+] ?\d{1,6} ?="
+)
+WHEN = re.compile(
+    r"\b\d\d? ?[ap]\.?m\b|\b\d\d?[:h]\d\d\b|\b\d\d? ?h\b|"
+    r"\b20\d\d-\d\d-\d\d|\b\d\d?/\d\d?/(?:20)?\d\d\b",
+    re.I,
+)
+NUMBER = re.compile(r"(?<![\w:/.-])[$€£]?\d[\d.,]*")
+
+
+def signals_of(text: str) -> list[tuple[str, str, float]]:
+    """(category, name, weight) of each structural signal in the capped `text`."""
+    found: list[tuple[str, str, float]] = []
+    if SYMBOL.search(text):
+        found += (shape[:3] for shape in SHAPES if shape[3].search(text))
+    if DIGIT.search(text):
+        found += [("reasoning", "(formula)", 2.0)] * bool(FORMULA.search(text))
+        found += [("tools", "(date or time)", 1.0)] * bool(WHEN.search(text))
+        numbers = len(NUMBER.findall(text[:HEAD]))
+        if numbers > 1 and ("?" in text or len(text) > 80):  # numbers in prose: a word problem
+            found.append(("reasoning", "(numbers)", 1.5 if numbers == 2 else 2.5))
+    return found
+
+
+# --- follow-ups --------------------------------------------------------------------------------
+
+LOOK_BACK = 12  # earlier texts read for a follow-up; a chat of nothing but "ok" must not cost more
+POINTERS = frozenset("it that this these them its same again instead ca cela celui celle".split())
+FILLERS = frozenset(
+    "a an the of to my your on with for me us please can could would you just so "
+    "le la les l un une des du de d au aux mon ton moi me tu vous stp svp".split()
+)
+SURE = 2.5  # what a short text that points back ("test it") must score to open a matter of its own
+
+
+class Continuations:
+    """The words that carry on with what was said before ("ok", "et en", "make it")."""
+
+    def __init__(self, entries: Iterable[str]):
+        self._grams = {parse_entry(entry)[0] for entry in entries}
+        self._longest = max(map(len, self._grams), default=0)
+
+    def covers(self, text: str) -> bool:
+        """Whether `text` is a follow-up: these words only, or behind one hardly any other."""
+        words = tuple(tokens_of(text[:200]))
+        if not words or len(words) > 12:
+            return False
+        at, opener, rest = 0, 0, 0
+        while at < len(words):
+            sizes = (n for n in range(self._longest, 0, -1) if words[at : at + n] in self._grams)
+            size = next(sizes, 0)
+            opener = opener or (size if at == 0 else 0)
+            rest += not size and not words[at].isdigit() and words[at] not in FILLERS
+            at += size or 1
+        return rest <= min(opener, 2)  # "and tomorrow?", "et en Python ?", "now for 7 days"

@@ -1,0 +1,1674 @@
+"""llm-router: many language models behind one OpenAI-compatible endpoint.
+
+The path of a request, which is also the order of this file, top to bottom:
+
+    routes -> read_chat (limits, JSON, check) -> Store.table (taken once, immutable)
+           -> Chooser.choose (category, mode, reason) -> the category's fallback chain
+           -> for each model: Breakers.admit -> Upstreams.open -> judge
+           -> Relay (whole or stream) -> exactly one Metrics.record
+
+Who owns which state, each object with one private lock:
+
+    Store        the routing table read from routes.json; swapped whole    (routes_file.py)
+    Breakers     one circuit per model
+    Classifier   the cache of recent answers of the Ollama model
+    Flights      what is in the air: permits, sockets, deadlines           (wire.py)
+    Metrics      counters and the ring of recent requests                  (metrics.py)
+
+The files beside this one are leaves: each does one thing, none knows Flask or another's state.
+judge.py is the table of what counts as a failure, startup.py the settings and the command line,
+prompts.py finds the words a person said.
+Importing this module starts nothing: `create_app` builds the objects.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+from urllib.parse import quote, urlsplit
+
+import flask
+import jsonschema
+import requests
+from gunicorn.http.errors import ParseException
+from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
+
+from judge import VERDICTS, check_head, failure_from
+from metrics import Attempt, Metrics, Record, log_rejections, log_to_stderr, logfmt
+from prompts import (
+    LOOK_BACK,
+    POINTERS,
+    SURE,
+    Continuations,
+    cap,
+    parse_entry,
+    signals_of,
+    tokens_of,
+    user_texts,
+)  # fmt: skip
+from routes_file import (
+    BUILT_IN,
+    Member,
+    Model,
+    Refused,
+    Store,
+    Table,
+    Upstream,
+    depth_of,
+    now_text,
+    say_schema_error,
+    scan_object,
+)  # fmt: skip
+from startup import VERSION, Settings, main
+from wire import (
+    MAX_ANSWER,
+    MAX_ERROR,
+    Event,
+    Failure,
+    Flight,
+    Flights,
+    Full,
+    Line,
+    is_address,
+    is_loopback,
+    new_session,
+    parse_loosely,
+    read_chunks,
+    read_events,
+    read_whole,
+    where_it_broke,
+)  # fmt: skip
+
+HERE = Path(__file__).resolve().parent
+log = logging.getLogger("llm_router")
+
+
+# --- errors ------------------------------------------------------------------------------------
+
+
+class RouterError(Exception):
+    """An answer to the client that is an error: status, kind and a sentence to act on."""
+
+    def __init__(self, status: int, kind: str, message: str, *, param: str | None = None,
+                 code: str | None = None, headers: Mapping[str, str] | None = None,
+                 detail: list[dict[str, Any]] | None = None,
+                 attempts: list[dict[str, Any]] | None = None):  # fmt: skip
+        super().__init__(message)
+        self.status = status
+        self.headers = dict(headers or {})
+        self.detail = detail
+        self.error = {"message": message, "type": kind, "param": param, "code": code or kind}
+        if attempts is not None:
+            self.error["attempts"] = attempts  # type: ignore[assignment]
+
+    def body(self) -> dict[str, Any]:
+        """The envelope of OpenAI's API, which OpenClaw and the SDKs show best."""
+        return {"error": self.error} | ({} if self.detail is None else {"detail": self.detail})
+
+
+def invalid(detail: list[dict[str, Any]]) -> RouterError:
+    """The 422 for a body that does not fit: `detail` holds [{loc, msg}], never values."""
+    where = ".".join(str(part) for part in detail[0]["loc"])
+    message = f"{where}: {detail[0]['msg']}"
+    return RouterError(422, "invalid_request_error", message, param=where, detail=detail)
+
+
+_KEY_SHAPES = re.compile(r"(?i)bearer\s+\S+|\b(?:sk|pk|rk|key|gsk|xai)[-_][\w-]{8,}|AIza[\w-]{20,}")
+
+
+def scrub(text: str, known: Iterable[str] = ()) -> str:
+    """`text` for a person: known secrets and key-like words masked, controls gone, 600 chars."""
+    for secret in filter(None, known):
+        text = text.replace(secret, "***")
+    text = _KEY_SHAPES.sub("***", text[:4000])[:600]
+    return "".join(c if c.isprintable() else " " for c in text).strip()
+
+
+# --- reading a request -------------------------------------------------------------------------
+
+MAX_DEPTH = 64  # real requests stay under 20; the C parser of json gives up near 1,000
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A checked chat request. `text` is the body as it came; only members of it are replaced."""
+
+    text: str
+    body: Mapping[str, Any]
+    members: Sequence[Member]
+
+    @property
+    def stream(self) -> bool:
+        """True when the client wants server-sent events."""
+        return bool(self.body.get("stream"))
+
+    @property
+    def wants_usage(self) -> bool:
+        """True when the client asked for the usage chunk of a stream itself."""
+        return bool((self.body.get("stream_options") or {}).get("include_usage"))
+
+    @property
+    def wants_tools(self) -> bool:
+        """True when a model may be expected to call a tool."""
+        return bool(self.body.get("tools")) and self.body.get("tool_choice") != "none"
+
+    @cached_property
+    def wants_images(self) -> bool:
+        """True when a message holds an image part."""
+        contents = (message.get("content") for message in self.body["messages"])
+        parts = (part for content in contents if isinstance(content, list) for part in content)
+        return any(part.get("type") in ("image_url", "input_image") for part in parts)
+
+    def is_longer_than(self, context: int) -> bool:
+        """True when the text surely has over `context` tokens: none is longer than 8 characters."""
+        if len(self.text) <= 8 * context:
+            return False
+        return len(re.sub(r'"data:[^"]{200,}"', "", self.text)) > 8 * context  # images are not text
+
+    def for_model(self, model_id: str) -> bytes:
+        """The body for one upstream call: `model` replaced, usage asked for when it streams."""
+        edits = {"model": json.dumps(model_id)}
+        if self.stream:
+            options = {**(self.body.get("stream_options") or {}), "include_usage": True}
+            edits["stream_options"] = json.dumps(options)
+        out, done = [], self.members[0].start
+        out.append(self.text[:done])
+        out += [f'"{key}": {value}, ' for key, value in edits.items() if key not in self.body]
+        for member in self.members:
+            if member.key in edits:
+                out += [self.text[done : member.value], edits[member.key]]
+                done = member.end
+        return "".join([*out, self.text[done:]]).encode()
+
+
+def read_body(request: flask.Request) -> bytes:
+    """The request body; RouterError 413 when it is too large, 499 when it was cut short."""
+    try:
+        return request.get_data(cache=False)
+    except RequestEntityTooLarge as e:
+        most = f"{(request.max_content_length or 0) >> 20} MB (ROUTER_MAX_BODY_MB)"
+        raise RouterError(413, "request_too_large", f"the body is over {most}") from e
+    except ParseException as e:  # chunk sizes that lie
+        raise RouterError(400, "bad_request", "the chunked body is malformed") from e
+    except (ClientDisconnected, OSError) as e:
+        raise RouterError(499, "client_left", "the upload was cut short") from e
+
+
+def parse_object(data: bytes) -> tuple[str, dict[str, Any], list[Member]]:
+    """Text, value and member positions of a JSON object; 400 when it is not one, or too deep."""
+    try:
+        text = data.decode()
+        value, members, end = scan_object(text)
+        if text[end:].strip(" \t\r\n"):
+            raise json.JSONDecodeError("Extra data", text, end)
+        if data.count(b"{") + data.count(b"[") > MAX_DEPTH and depth_of(value) > MAX_DEPTH:
+            raise ValueError
+    except UnicodeDecodeError as e:
+        why = f"byte {e.start} is not UTF-8"
+    except json.JSONDecodeError as e:
+        why = f"line {e.lineno}, column {e.colno}: {e.msg}"
+    except (ValueError, RecursionError):  # NaN, integers of thousands of digits, depth
+        why = f"a number that JSON does not know, or nested over {MAX_DEPTH} deep"
+    else:
+        return text, value, members
+    raise RouterError(400, "invalid_json", f"the body is not a JSON object: {why}")
+
+
+def read_chat(data: bytes) -> Chat:
+    """The chat request in `data`; 400 when it is not JSON, 422 with every place that does not fit.
+
+    The full schema costs 2 ms on a long conversation, the one without the messages 20 µs; those
+    are looked at here, and the full one only words the refusal.
+    """
+    text, body, members = parse_object(data)
+    check(body, "ChatHead")
+    if not all(map(_fits, body["messages"])):
+        check(body, "ChatRequest")
+    return Chat(text, body, members)
+
+
+def _fits(message: Any) -> bool:
+    content = message.get("content") if isinstance(message, dict) else 0
+    parts = isinstance(content, list) and all(isinstance(part, dict) for part in content)
+    return (parts or isinstance(content, str | None)) and isinstance(message.get("role"), str)
+
+
+def check(body: Any, name: str) -> None:
+    """RouterError 422 with a {loc, msg} per place where `body` does not fit the schema `name`."""
+    schema: jsonschema.Draft202012Validator = flask.current_app.extensions["schemas"][name]
+    errors = sorted(schema.iter_errors(body), key=lambda e: [str(p) for p in e.absolute_path])
+    found = [{"loc": ["body", *e.absolute_path], "msg": say_schema_error(e)} for e in errors[:20]]
+    if found:
+        raise invalid(found)
+
+
+# --- circuit breakers --------------------------------------------------------------------------
+
+
+@dataclass
+class Circuit:
+    """One model's circuit. Times are of the injected monotonic clock, in seconds."""
+
+    generation: int
+    strikes: int = 0
+    is_open: bool = False
+    first_open: float | None = None
+    due: float = 0.0  # open: nobody before this
+    hold: float = 0.0  # Retry-After: nobody before this, open or closed
+    lease: float = 0.0  # half-open: the probe's verdict is awaited until then
+    in_air: int = 0
+    reason: str = ""
+    last_status: int | None = None
+    since: str = ""
+
+    def state(self, now: float) -> str:
+        """closed, open or half-open; a held model counts as open: nobody may go."""
+        if self.is_open and now < self.lease:
+            return "half-open"
+        return "open" if self.is_open or now < self.hold else "closed"
+
+    def lets_go(self, now: float, early: bool = False) -> bool:
+        """True when a request may go now; `early`: a probe although none is due yet."""
+        due = early or now >= self.due
+        return now >= self.hold and (not self.is_open or (now >= self.lease and due))
+
+
+@dataclass
+class Ticket:
+    """Leave to try one model once. `Breakers.settle` it once, whatever happened."""
+
+    model: str
+    circuit: Circuit
+    generation: int
+    probe: bool
+    settled: bool = False
+
+    @property
+    def is_current(self) -> bool:
+        """False when the circuit opened, was probed or reset since: the result is void."""
+        return self.generation == self.circuit.generation
+
+
+class Breakers:
+    """A circuit per model: failing models are passed over, one probe tells when they are back."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._lock = threading.Lock()  # guards all below; never held during I/O or logging
+        self._circuits: dict[str, Circuit] = {}
+        self._generation = 0
+
+    def admit(self, model: str, lease_s: float, *, early: bool = False) -> Ticket | None:
+        """A ticket, or None while the circuit is open; a ticket for an open one is its probe."""
+        now = self._clock()
+        with self._lock:
+            circuit = self._circuits.get(model)
+            if circuit is None:
+                circuit = self._circuits[model] = Circuit(self._next_generation())
+            if not circuit.lets_go(now, early):
+                return None
+            if circuit.is_open:
+                circuit.lease, circuit.generation = now + lease_s, self._next_generation()
+            circuit.in_air += 1
+            return Ticket(model, circuit, circuit.generation, circuit.is_open)
+
+    def would_admit(self, model: str) -> bool:
+        """True when a request that asked now would get a ticket."""
+        now = self._clock()
+        with self._lock:
+            circuit = self._circuits.get(model)
+            return circuit is None or circuit.lets_go(now)
+
+    def due_soonest(self, models: Sequence[str]) -> str | None:
+        """When none of `models` admits: the open one not held whose probe is due first, or None."""
+        now = self._clock()
+        with self._lock:
+            circuits = [self._circuits.get(model) for model in models]
+            if any(c is None or c.lets_go(now) for c in circuits):
+                return None
+            ready = [(c.due, model) for model, c in zip(models, circuits, strict=True)
+                     if c and c.is_open and now >= c.hold]  # fmt: skip
+        return min(ready)[1] if ready else None
+
+    def commit(self, ticket: Ticket, threshold: float) -> None:
+        """The answer has begun: a probe closes its circuit, one strike short of opening again."""
+        with self._lock:
+            closes = ticket.probe and ticket.is_current
+            if closes:
+                circuit = ticket.circuit
+                circuit.is_open, circuit.lease, circuit.strikes = False, 0.0, int(threshold) - 1
+                ticket.probe = False
+        if closes:
+            log.info("event=circuit_closed model=%s", ticket.model)
+
+    def settle(self, ticket: Ticket, verdict: str, config: Mapping[str, float], reason: str = "",
+               status: int | None = None, retry_after_s: float | None = None) -> None:  # fmt: skip
+        """Book the end of an attempt: verdict is `good`, `strike` or `none` (it says nothing).
+
+        A result of an older generation is void. A probe without a verdict leaves the circuit
+        open and due as it was, so the next request probes.
+        """
+        now, circuit, opened = self._clock(), ticket.circuit, False
+        with self._lock:
+            if ticket.settled:
+                return
+            ticket.settled = True
+            circuit.in_air -= 1
+            if not ticket.is_current:
+                return
+            if ticket.probe:
+                circuit.lease = 0.0
+            elif verdict == "good":
+                circuit.strikes, circuit.first_open = 0, None
+            if verdict == "strike":
+                circuit.reason, circuit.last_status = reason, status
+                opened = self._strike(circuit, now, config, retry_after_s)
+        if opened:
+            log.warning(
+                "event=circuit_opened model=%s reason=%s status=%s", ticket.model, reason, status
+            )
+
+    def _strike(self, circuit: Circuit, now: float, config: Mapping[str, float],
+                retry_after_s: float | None) -> bool:  # fmt: skip
+        """Count it; True when the circuit opens by it (again)."""
+        circuit.strikes += 1
+        longest = config["recovery_timeout_sec"]
+        if circuit.strikes == 1:
+            circuit.since = now_text()
+        if retry_after_s is not None:
+            circuit.hold = now + min(max(retry_after_s, 1.0), longest)
+        if not circuit.is_open and circuit.strikes < config["failure_threshold"]:
+            return False
+        if circuit.first_open is None:
+            circuit.first_open = now
+        grown = (now - circuit.first_open) / 4  # down for an hour: tried every 5 minutes
+        circuit.due = now + min(longest, max(config["first_retry_sec"], grown))
+        circuit.is_open, circuit.lease, circuit.generation = True, 0.0, self._next_generation()
+        return True
+
+    def reset(self, models: Iterable[str] | None = None) -> None:
+        """Forget everything about `models` (default: all), at once."""
+        with self._lock:
+            chosen = list(self._circuits) if models is None else list(models)
+            for model in chosen:  # results in the air point at a circuit nobody reads any more
+                self._circuits.pop(model, None)
+        log.info("event=circuits_reset models=%s", ",".join(chosen))
+
+    def keep_only(self, models: Iterable[str]) -> None:
+        """Drop circuits of models that are in no chain any more, once nothing is in the air."""
+        wanted = set(models)
+        with self._lock:
+            for model in [m for m, c in self._circuits.items() if m not in wanted and not c.in_air]:
+                del self._circuits[model]
+
+    def snapshot(self) -> dict[str, dict[str, Any]]:
+        """{model: {state, strikes, retry_in_sec, reason, last_status, since}} of every circuit."""
+        now = self._clock()
+        with self._lock:
+            circuits = {model: replace(circuit) for model, circuit in self._circuits.items()}
+        return {
+            model: {"state": c.state(now), "strikes": c.strikes,
+                    "retry_in_sec": round(max(c.hold, c.due if c.is_open else now, now) - now, 1),
+                    "reason": c.reason, "last_status": c.last_status, "since": c.since}
+            for model, c in circuits.items()
+        }  # fmt: skip
+
+    def _next_generation(self) -> int:
+        self._generation += 1
+        return self._generation
+
+
+# --- choosing a category -----------------------------------------------------------------------
+
+Hit = tuple[str, str, float]  # category, configured entry, weight
+MULTIPLIERS = {"tools": 1.0, "code": 1.2, "reasoning": 0.9, "conversation": 1.1}
+USER_MADE = 4.0  # whoever adds a category wants it: one plain keyword outdoes a weak built-in hit
+# Verbs that open an order about the world, too common for keywords: for when all else is silent.
+ORDER = re.compile(
+    r"(?:(?:please|can you|could you|will you|peux tu|tu peux|pouvez vous|stp) )*"
+    r"(?:set|send|add|put|start|stop|cancel|delete|move|order|update|change|check|open|close|mark|"
+    r"print|mute|post|push|call|track|increase|lower|mets|ajoute|envoie|enleve|retire|annule|ouvre|"
+    r"ferme|verifie|modifie|passe|bloque|note|marque|lance|arrete|coupe)\b"
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A category (None: nothing scored), how sure (0..1), and the entries that decided."""
+
+    category: str | None
+    margin: float
+    score: float = 0.0
+    matched: tuple[Hit, ...] = ()
+
+
+class Keywords:
+    """A routing table's keywords, ready to match: cost grows with the prompt, not the lists."""
+
+    def __init__(self, lists: Mapping[str, Iterable[str]]):
+        self.multipliers = {name: MULTIPLIERS.get(name, USER_MADE) for name in lists}
+        self._exact: dict[str, list[Hit]] = {}
+        self._prefix: dict[tuple[int, str], list[Hit]] = {}
+        self._sizes: dict[str, set[int]] = {}  # first word -> how many words its phrases have
+        self._lengths: dict[str, set[int]] = {}  # first letters -> how long its prefixes are
+        for name in sorted(lists, key=BUILT_IN.__contains__):  # user-made ones first: they win ties
+            for entry in lists[name]:
+                self._add(name, entry)
+
+    def _add(self, name: str, entry: str) -> None:
+        words, is_prefix, weight = parse_entry(entry)
+        key = " ".join(words)
+        hit = name, entry.partition("^")[0], weight
+        if not is_prefix:
+            self._exact.setdefault(key, []).append(hit)
+        else:  # looked up by its first three letters, a phrase by its first word
+            self._prefix.setdefault((len(words), key), []).append(hit)
+            head = f"{words[0]} " if len(words) > 1 else key[:3]
+            self._lengths.setdefault(head, set()).add(len(key))
+        if len(words) > 1:
+            self._sizes.setdefault(words[0], set()).add(len(words))
+
+    def find(self, words: list[str]) -> dict[tuple[str, str], tuple[float, int]]:
+        """(category, entry) -> (weight, place); of those that begin at one word the heaviest."""
+        found: dict[tuple[str, str], tuple[float, int]] = {}
+        taken = 0  # up to here the words belong to a user-made category
+        for at, word in enumerate(words):
+            best: dict[str, tuple[str, float]] = {}  # "why" and "why is" tell one thing, not two
+            for name, entry, weight in self._begin_at(words, at, word):
+                if name not in best or weight > best[name][1]:
+                    best[name] = entry, weight
+            mine = {name: hit for name, hit in best.items() if name not in BUILT_IN}
+            if mine:
+                taken = max(taken, *(at + len(parse_entry(entry)[0]) for entry, _ in mine.values()))
+            for name, (entry, weight) in (mine if at < taken else best).items():
+                found.setdefault((name, entry), (weight, at))
+        return found
+
+    def _begin_at(self, words: list[str], at: int, word: str) -> list[Hit]:
+        hits = list(self._exact.get(word, ()))
+        for length in {
+            *self._lengths.get(word[:3], ()),
+            *self._lengths.get(word[:2], ()),
+            *self._lengths.get(word[0], ()),
+        }:
+            hits += self._prefix.get((1, word[:length]), ())
+        for size in self._sizes.get(word, ()):
+            gram = " ".join(words[at : at + size])
+            hits += self._exact.get(gram, ())
+            for length in self._lengths.get(f"{word} ", ()):
+                hits += self._prefix.get((size, gram[:length]), ())
+        return hits
+
+    def match(self, text: str) -> Choice:
+        """The category `text` scores best for, by words and by structure."""
+        text = cap(text)
+        words = tokens_of(text)
+        hits = [
+            (name, entry, weight if at < 60 or len(words) - at < 40 else weight / 2)
+            for (name, entry), (weight, at) in self.find(words).items()
+        ]  # middle: material
+        hits += [("tools", "(an order)", 1.0)] * bool(ORDER.match(" ".join(words[:6])))
+        hits = [hit for hit in hits + signals_of(text) if hit[0] in self.multipliers]
+        scores = dict.fromkeys(self.multipliers, 0.0)
+        for name, _, weight in hits:
+            scores[name] += weight * self.multipliers[name]
+        return decide(scores, hits)
+
+
+def decide(scores: dict[str, float], hits: list[Hit]) -> Choice:
+    """The best of `scores` with its margin over the second; a user-made category wins a tie."""
+    ranked = sorted(scores, key=lambda name: (-scores[name], name in BUILT_IN))
+    best = scores[ranked[0]] if ranked else 0.0
+    if best <= 0:
+        return Choice(None, 0.0)
+    second = scores[ranked[1]] if len(ranked) > 1 else 0.0
+    matched = tuple(
+        (name, entry, round(weight, 2))
+        for name, entry, weight in sorted(hits, key=lambda hit: -hit[2])
+    )
+    return Choice(ranked[0], (best - second) / (best + 1), best, matched)  # + 1: one hit is not all
+
+
+def points_back(text: str, choice: Choice) -> bool:
+    """Whether a short `text` hardly scores or speaks of what was said ("can you test it?")."""
+    words = tokens_of(text[:200])
+    return len(words) <= 7 and choice.score < (1 if POINTERS.isdisjoint(words) else SURE)
+
+
+SURE_MARGIN = 0.5  # hybrid: above this, keywords were right 95 % of the time (bench/routing.py)
+CLASSIFY_CHARS = 800  # of the user's text go to Ollama: the task stands at the start
+CLASSIFIER_CIRCUIT = {"failure_threshold": 3, "recovery_timeout_sec": 30, "first_retry_sec": 30}
+EXAMPLES = (
+    ("Turn off the lights in the kitchen", "tools"),
+    ("Quel temps fera-t-il demain à Lyon ?", "tools"),
+    ("Why does this loop never end? while(i<3){}", "code"),
+    ("Écris une requête SQL qui compte les clients", "code"),
+    ("A train leaves at 9 and takes 75 minutes. When does it arrive?", "reasoning"),
+    ("Pourquoi le ciel est-il bleu ?", "reasoning"),
+    ("Hi, how are you?", "conversation"),
+    ("Traduis cette phrase en anglais", "conversation"),
+)
+
+
+class ClassifierError(Exception):
+    """The classifier did not answer; the message is one word for /health."""
+
+
+class Classifier:
+    """An Ollama model that names the category. Whatever goes wrong, `ask` says None in time."""
+
+    def __init__(self, post: Callable[..., bytes], clock: Callable[[], float] = time.monotonic):
+        self._post = post
+        self._breakers = Breakers(clock)
+        self._slots = threading.BoundedSemaphore(2)  # a third caller takes the keywords at once
+        self._lock = threading.Lock()  # guards _cache
+        self._cache: OrderedDict[tuple[str, str], str] = OrderedDict()
+
+    def ask(self, table: Table, text: str, flight: Flight) -> str | None:
+        """The category the model names for `text`, or None when it is slow, busy, down or wrong."""
+        text = text[:CLASSIFY_CHARS]
+        key = (table.etag, text)
+        with self._lock:
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                return self._cache[key]
+        if not self._slots.acquire(blocking=False):
+            return None
+        try:
+            name = self._call(table, text, flight)
+        finally:
+            self._slots.release()
+        if name:
+            with self._lock:
+                self._cache[key] = name
+                if len(self._cache) > 512:
+                    self._cache.popitem(last=False)
+        return name
+
+    def _call(self, table: Table, text: str, flight: Flight) -> str | None:
+        timeout_s = table.ollama["timeout_sec"]
+        ticket = self._breakers.admit("classifier", timeout_s + 1)
+        if ticket is None:
+            return None
+        verdict = reason = "none"
+        try:
+            name = read_ollama(self._post(*ollama_call(table, text), flight, timeout_s), table)
+            verdict = "good"
+            self._breakers.commit(ticket, 1)
+            return name
+        except ClassifierError as e:
+            reason = str(e)
+            verdict = "none" if reason == "client_left" else "strike"
+            return None
+        finally:
+            self._breakers.settle(ticket, verdict, CLASSIFIER_CIRCUIT, reason)
+
+    def warm_up(self, table: Table, flight: Flight) -> None:
+        """Make Ollama load the model, which may take a minute, before a request needs it."""
+        with contextlib.suppress(ClassifierError):
+            self._post(*ollama_call(table, "Hello"), flight, 60.0)
+
+    def status(self, table: Table) -> dict[str, Any]:
+        """For /health: {status: off, unknown, ok or failing, reason}; never calls Ollama."""
+        circuit = self._breakers.snapshot().get("classifier")
+        if table.mode == "keywords" or circuit is None:
+            return {"status": "off" if table.mode == "keywords" else "unknown"}
+        failing = {"status": "failing", "reason": circuit["reason"]}
+        return failing if circuit["strikes"] else {"status": "ok"}
+
+
+def ollama_call(table: Table, text: str) -> tuple[str, bytes]:
+    """URL and body for Ollama's /api/chat; the answer can only be one of the table's categories.
+
+    The prefix is the same for every request, so Ollama keeps its evaluation in its cache.
+    """
+    names = list(table.categories)
+    lines = [f"- {name}: {table.categories[name].description or name}" for name in names]
+    shots = [f"{said} -> {name}" for said, name in EXAMPLES if name in names]
+    system = "\n".join(["Name the category of the user's request.", *lines, "Examples:", *shots])
+    answer = {"category": {"type": "string", "enum": names}}
+    body = {
+        "model": table.ollama["model"],
+        "stream": False,
+        "keep_alive": "30m",
+        "format": {"type": "object", "properties": answer, "required": ["category"]},
+        "options": {"temperature": 0, "seed": 1, "num_predict": 24, "num_ctx": 2048},
+        "messages": [{"role": "system", "content": system}, {"role": "user", "content": text}],
+    }
+    return table.ollama["base_url"].rstrip("/") + "/api/chat", json.dumps(body).encode()
+
+
+def read_ollama(data: bytes, table: Table) -> str:
+    """The category in Ollama's answer; ClassifierError when it is none of the table's."""
+    try:
+        name = json.loads(json.loads(data)["message"]["content"])["category"]
+    except (ValueError, TypeError, KeyError, RecursionError) as e:
+        raise ClassifierError("unreadable_answer") from e
+    if not isinstance(name, str) or name not in table.categories:
+        raise ClassifierError("unknown_category")
+    return name
+
+
+class Decision(NamedTuple):
+    """Where a request goes and why. `words` are configured entries, never the user's own."""
+
+    category: str
+    mode: str
+    reason: str
+    chain: tuple[Model, ...]
+    timeouts: Mapping[str, float]
+    whole: bool = False
+    margin: float = 0.0
+    words: tuple[tuple[str, float], ...] = ()
+    ignored: str = ""
+
+
+class Chooser:
+    """Puts a request into a category: what the client demands, then tools, then the text."""
+
+    def __init__(self, classifier: Classifier):
+        self._classifier = classifier
+        self._compiled: tuple[Table, Keywords, Continuations] | None = None
+
+    def choose(self, chat: Chat, table: Table, flight: Flight) -> Decision:
+        """The decision for one request; 404 for an unknown category, 422 for an unclear model."""
+        wanted = chat.body.get("model", "")
+        name = wanted.removeprefix("router/")
+        if name in table.categories:
+            return _decide(table, name, "explicit", "asked for by name")
+        if name != wanted:
+            text = f"no such category: {scrub(name)[:64]!r}; GET /v1/models lists them"
+            raise RouterError(404, "model_not_found", text, param="model")
+        id_ = table.resolve(wanted) if wanted != "router" else None
+        if id_:
+            chain = (table.models[id_],)
+            return Decision("explicit", "explicit", "asked for by name", chain, table.timeouts)
+        decision = _by_tools(chat, table) or self._by_text(chat, table, flight)
+        return decision if wanted in ("router", "") else decision._replace(ignored=wanted[:100])
+
+    def _by_text(self, chat: Chat, table: Table, flight: Flight) -> Decision:
+        keywords, continuations = self._words(table)
+        texts = islice(user_texts(chat.body["messages"]), LOOK_BACK)
+        text = next(texts, "")
+        if not text:
+            return _decide(table, table.default_category, "default", "no text of the user")
+        choice = keywords.match(text)
+        follows = continuations.covers(text)
+        sure = table.mode == "keywords" or (table.mode == "hybrid" and choice.margin >= SURE_MARGIN)
+        named = None if follows or sure else self._classifier.ask(table, text, flight)
+        if named:
+            return _decide(table, named, "ollama", f"{table.ollama['model']} said {named}")
+        if follows or points_back(text, choice):
+            for earlier in texts:
+                before = keywords.match(earlier)
+                if before.category and not continuations.covers(earlier):
+                    return _by_words(table, before, "continuation")
+        if choice.category is None:
+            return _decide(table, table.default_category, "default", "no keyword matched")
+        return _by_words(table, choice, "keywords")
+
+    def _words(self, table: Table) -> tuple[Keywords, Continuations]:
+        """The matcher for `table`, built once; two threads may build it at once, to no harm."""
+        compiled = self._compiled
+        if compiled is None or compiled[0] is not table:
+            lists = {name: category.keywords for name, category in table.categories.items()}
+            compiled = self._compiled = (table, Keywords(lists), Continuations(table.continuations))
+        return compiled[1], compiled[2]
+
+
+def _by_tools(chat: Chat, table: Table) -> Decision | None:
+    choice, offered = chat.body.get("tool_choice"), len(chat.body.get("tools") or ())
+    if "tools" not in table.categories or choice == "none":
+        return None
+    if choice == "required" or isinstance(choice, dict):
+        return _decide(table, "tools", "tools", "tool_choice demands a tool")
+    few = table.tools_routing == "auto" and offered < table.agent_tool_count
+    if offered and (few or table.tools_routing == "always"):
+        return _decide(table, "tools", "tools", f"{offered} tools offered")
+    return None
+
+
+def _by_words(table: Table, choice: Choice, mode: str) -> Decision:
+    name = choice.category or table.default_category
+    words = tuple((entry, weight) for category, entry, weight in choice.matched if category == name)
+    reason = ", ".join(word for word, _ in words[:8])
+    return _decide(table, name, mode, reason, margin=choice.margin, words=words)
+
+
+def _decide(table: Table, name: str, mode: str, reason: str, **more: Any) -> Decision:
+    category = table.categories[name]
+    timeouts = {**table.timeouts, **category.timeouts}
+    return Decision(name, mode, reason, category.models, timeouts, category.whole, **more)
+
+
+# --- upstreams ---------------------------------------------------------------------------------
+
+
+class Upstreams:
+    """The client of all upstreams: each one's key, headers and connections are prepared once."""
+
+    def __init__(self, settings: Settings, session: requests.Session):
+        self._settings = settings
+        self._session = session
+        self._lines: dict[Upstream, Line] = {}
+        self._refused: dict[str, str] = {}  # upstream name -> since when it refuses our key
+
+    def key(self, upstream: Upstream) -> str:
+        """Its API key; '' when the variable is not set."""
+        return self._settings.secret(upstream.api_key_env) if upstream.api_key_env else ""
+
+    def has_key(self, upstream: Upstream) -> bool:
+        """True when it can be called: it has its key, needs none, or the demo stands in."""
+        if self._settings.demo or not upstream.api_key_env or upstream in self._lines:
+            return True
+        return bool(self.key(upstream))
+
+    def open(
+        self, model: Model, body: bytes, flight: Flight, connect_s: float
+    ) -> requests.Response:
+        """The answer of `model`, its head good and its body unread; or Failure, with it closed."""
+        line = self._lines.get(model.upstream)
+        if line is None:
+            base = "demo://upstream" if self._settings.demo else model.upstream.base_url
+            line = Line(self._session, f"{base}/chat/completions", self._settings.environ,
+                        self.key(model.upstream))  # fmt: skip
+            self._lines[model.upstream] = line
+        response = line.send(body, flight, connect_s)
+        try:
+            check_head(response, flight)
+        except Failure as failure:
+            response.close()
+            if failure.outcome == "unauthorized":
+                self._refused.setdefault(model.upstream.name, now_text())
+            raise
+        self._refused.pop(model.upstream.name, None)
+        return response
+
+    def classify(self, url: str, body: bytes, flight: Flight, timeout_s: float) -> bytes:
+        """Ollama's answer as bytes, for the classifier; ClassifierError after `timeout_s`."""
+        flight.limit("classify", flight.clock() + timeout_s)
+        try:
+            line = Line(self._session, url, self._settings.environ)
+            with contextlib.closing(line.send(body, flight, min(0.5, timeout_s))) as response:
+                if response.status_code != 200:
+                    raise ClassifierError(f"status {response.status_code}")
+                return read_whole(response, flight, MAX_ERROR)
+        except Failure as e:
+            raise ClassifierError(e.outcome) from e
+        finally:
+            flight.next_attempt()
+
+    def state(self, upstream: Upstream) -> dict[str, Any]:
+        """For /health: {configured, and key_refused_since when its last answer was a 401}."""
+        since = self._refused.get(upstream.name)
+        return {"configured": self.has_key(upstream)} | (
+            {"key_refused_since": since} if since else {}
+        )
+
+
+# --- the router: walk, relay ---------------------------------------------------------------------
+
+RETRY_PAUSE_S = 0.3  # before the one retry on the same model
+RETRY_AFTER_MAX_S = 2.5  # a rate limit this short is waited for
+UPLOAD_S = 60  # an upload that takes longer than this has stalled
+DRAIN_S = 1.0  # after the last event; then the connection is closed instead of kept
+DONE = b"data: [DONE]\n\n"
+# What counts as a token; a role alone does not.
+SAYS = ("content", "reasoning", "reasoning_content", "tool_calls", "function_call", "refusal",
+        "audio", "images")  # fmt: skip
+
+
+@dataclass
+class Call(Record):
+    """One chat request on its way. `Router.finish` ends it, once, whatever happened."""
+
+    flight: Flight = field(kw_only=True)
+    table: Table = field(kw_only=True)
+    started: float = field(kw_only=True)
+    deadline: float = math.inf
+    chat: Chat = field(default_factory=lambda: Chat("", {}, ()))
+    decision: Decision | None = None
+    whole: bool = False  # held until complete, even if the client asked for a stream
+    retried: bool = False
+    ticket: Ticket | None = None
+    relay: Relay | None = None
+    skipped: list[str] = field(default_factory=list)  # models passed over for their circuit
+
+    def headers(self) -> dict[str, str]:
+        """What every chat answer says about itself."""
+        headers = {"X-Request-Id": self.id, "X-Router-Attempts": str(len(self.attempts))}
+        if self.decision:
+            headers["X-Router-Category"] = self.category
+            headers["X-Router-Mode"] = self.mode
+            headers["X-Router-Reason"] = quote(self.reason, safe=" ,.*()'")
+            if self.decision.ignored:
+                headers["X-Router-Model-Ignored"] = quote(self.decision.ignored, safe="/:")
+        if self.last:
+            headers["X-Router-Model"] = quote(self.last.model.id, safe="/:")
+        if self.answer and not self.stream:
+            cost = self.answer.cost_usd
+            headers["X-Router-Cost-Usd"] = "unknown" if cost is None else f"{cost:.8f}"
+            headers["X-Router-Cost-Source"] = self.answer.cost_source
+        return headers
+
+
+class Relay:
+    """One upstream answer: held until it has begun (or is complete), then passed on as it comes."""
+
+    def __init__(self, response: requests.Response, call: Call, idle_s: float):
+        self.usage: dict[str, Any] = {}
+        self.finish_reason: str | None = None
+        self.has_content = False
+        self.done = False
+        self.held: list[bytes] = []
+        self._response = response
+        self._call = call
+        self._flight = call.flight
+        self._idle_s = idle_s
+        self._events = read_events(read_chunks(response, call.flight))
+        self._arguments: dict[tuple[int, int], str] = {}  # of tool calls, in whole-answer mode
+
+    def prepare(self) -> None:
+        """Read up to the commit; Failure while another model may still be tried."""
+        if not self._call.chat.stream:
+            self._read_answer()
+        elif "application/json" in self._response.headers.get("Content-Type", ""):
+            body = parse_loosely(read_whole(self._response, self._flight))
+            told = isinstance(body, dict) and body.get("error")
+            raise failure_from(200, body) if told else Failure("not_an_answer", "no stream", 200)
+        else:
+            self._hold_events()
+            self._check_held()
+        self._flight.limit("", math.inf)
+
+    @property
+    def has_begun(self) -> bool:
+        """True from the first token on, or when there will be none for a good reason."""
+        return self.has_content or self.finish_reason in ("length", "content_filter", "tool_calls")
+
+    def _read_answer(self) -> None:
+        data = read_whole(self._response, self._flight)
+        body = parse_loosely(data)
+        if not isinstance(body, dict) or (not body.get("error") and not body.get("choices")):
+            raise Failure("not_an_answer", "no choices", 200)
+        if body.get("error"):
+            raise failure_from(200, body)
+        self._note(body, "message")
+        self.held, self.done = [data], True
+        self._check_arguments()
+        if not self.has_begun and self.finish_reason in (None, "stop"):
+            raise Failure("empty", status=200)
+
+    def _hold_events(self) -> None:
+        size = 0
+        for event in self._events:
+            self.held.append(self._take(event))
+            size += len(event.raw)
+            if size > MAX_ANSWER:
+                raise Failure("not_an_answer", f"over {MAX_ANSWER} bytes", 200)
+            if self.done or (self.has_begun and not self._call.whole):
+                return
+            if self.has_content and event.kind == "data":
+                until = self._flight.clock() + self._idle_s
+                self._flight.limit("idle", min(until, self._call.deadline))
+
+    def _check_held(self) -> None:
+        """Failure unless what is held may go to the client."""
+        if self.has_begun and not self._call.whole:
+            return
+        if not (self.finish_reason or (self.done and not self._call.whole)):
+            raise Failure("cut" if any(self.held) else "not_an_answer", "no end", 200)
+        self._check_arguments()
+        if not self.done:
+            self.held.append(DONE)
+            self.done = True
+        if not self.has_begun:
+            raise Failure("empty", status=200)
+
+    def _check_arguments(self) -> None:
+        half = any(a.strip() and parse_loosely(a) is None for a in self._arguments.values())
+        if half and self.finish_reason != "length":
+            raise Failure("cut", "half a tool call", 200)
+
+    def _take(self, event: Event) -> bytes:
+        """What to pass on of `event`, after noting what it says; Failure when it is an error."""
+        if event.kind == "malformed":
+            return b""
+        if event.kind == "done":
+            self.done = True
+        if event.kind != "data":
+            return event.raw
+        if event.data.get("error"):
+            raise failure_from(200, event.data)
+        self._note(event.data, "delta")
+        extra = event.data.get("usage") and not event.data.get("choices")
+        return b"" if extra and not self._call.chat.wants_usage else event.raw
+
+    def _note(self, body: Mapping[str, Any], part: str) -> None:
+        if isinstance(body.get("usage"), dict):
+            self.usage = body["usage"]
+        choices = body.get("choices")
+        for n, choice in enumerate(choices if isinstance(choices, list) else ()):
+            said = choice.get(part) if isinstance(choice, dict) else None
+            if isinstance(said, dict):
+                self.has_content = self.has_content or any(map(said.get, SAYS))
+                if self._call.whole:
+                    self._note_arguments(n, said.get("tool_calls"))
+            if isinstance(choice, dict) and isinstance(choice.get("finish_reason"), str):
+                self.finish_reason = choice["finish_reason"]
+
+    def _note_arguments(self, choice: int, calls: Any) -> None:
+        for n, tool in enumerate(calls if isinstance(calls, list) else ()):
+            function = tool.get("function") if isinstance(tool, dict) else None
+            text = function.get("arguments") if isinstance(function, dict) else None
+            if isinstance(text, str):
+                key = (choice, tool.get("index", n))
+                self._arguments[key] = self._arguments.get(key, "") + text
+
+    def stream(self) -> Iterator[bytes]:
+        """The answer's bytes. After the commit a failure is told in the stream, never hidden."""
+        try:
+            yield self._to_client(b"".join(self.held))
+            while not self.done:
+                self._flight.limit("idle", self._flight.clock() + self._idle_s)
+                event = next(self._events, None)
+                if event is None:
+                    break
+                out = self._to_client(self._take(event))
+                if out:
+                    yield out
+            failure = Failure("cut", status=200)
+        except Failure as e:
+            failure = e
+        except Exception:  # noqa: BLE001  a bug of ours, but the client must learn that the answer is not whole
+            log.error("event=internal_error where=%s", where_it_broke())
+            failure = Failure("internal_error")
+        yield from self._end(failure)
+
+    def _to_client(self, out: bytes) -> bytes:
+        """While the client reads, the upstream is not idle; one that stops reading has left."""
+        self._flight.limit("client_left", self._flight.clock() + self._call.table.timeouts["total"])
+        return out
+
+    def _end(self, failure: Failure) -> Iterator[bytes]:
+        call = self._call
+        if self.done or self.finish_reason:
+            call.outcome = "success"
+            if not self.done:
+                yield DONE
+            self._flight.limit("drain", self._flight.clock() + DRAIN_S)
+            with contextlib.suppress(Failure):  # read to the end: the connection can be kept
+                for _ in self._events:
+                    pass
+            return
+        assert call.answer is not None
+        call.outcome = "client_left" if failure.outcome == "client_left" else "failed"
+        call.answer.outcome, call.answer.status = failure.outcome, failure.status
+        if call.outcome == "failed":
+            says = VERDICTS[failure.outcome].says
+            text = f"{call.answer.model.id} {says}; the answer is not complete"
+            body = RouterError(502, "upstream_error", text).body()
+            yield b"data: " + json.dumps(body).encode() + b"\n\n"
+
+    def close(self) -> None:
+        """Close the upstream answer; a connection that was not read to its end is closed too."""
+        self._response.close()
+
+
+class Router:
+    """Chooses a chain and walks it until a model answers."""
+
+    def __init__(self, settings: Settings, session: requests.Session, clock: Callable[[], float]):
+        self.settings = settings
+        self.clock = clock
+        self.store = Store(settings.routes, clock)
+        self.breakers = Breakers(clock)
+        self.flights = Flights(settings.threads, clock)
+        self.upstreams = Upstreams(settings, session)
+        self.metrics = Metrics(clock)
+        self.classifier = Classifier(self.upstreams.classify, clock)
+        self.chooser = Chooser(self.classifier)
+
+    def begin(self, client: socket.socket | None) -> Call:
+        """A call that has yet to get its permit (`Flights.board`); `finish` must end it."""
+        flight, now = Flight(client, self.clock), self.clock()
+        flight.limit("client_left", now + UPLOAD_S)
+        return Call(secrets.token_hex(8), flight=flight, table=self.store.table, started=now)
+
+    def choose(self, call: Call, chat: Chat) -> Decision:
+        """Decide where `chat` goes; the dry run asks the same."""
+        before = self.clock()
+        call.chat, call.stream = chat, chat.stream
+        call.flight.limit("", math.inf)
+        decision = call.decision = self.chooser.choose(chat, call.table, call.flight)
+        call.category, call.mode, call.reason = decision[:3]
+        call.whole = decision.whole
+        call.deadline = call.started + decision.timeouts["total"]
+        call.choose_s = self.clock() - before
+        return decision
+
+    def walk(self, call: Call, decision: Decision) -> Relay:
+        """The first answer that a model of the chain begins; RouterError when none does."""
+        self._check_budget(call.table)
+        queue = self._usable(call, decision)
+        early = self.breakers.due_soonest([model.id for model in queue])
+        failures: list[Failure] = []
+        while queue:
+            model = queue.pop(0)
+            probe_now = model.id == early and not failures
+            call.ticket = self.breakers.admit(model.id, decision.timeouts["total"], early=probe_now)
+            if call.ticket is None:
+                call.skipped.append(model.id)
+                continue
+            last = not any(self.breakers.would_admit(other.id) for other in queue)
+            try:
+                return self._attempt(call, model, call.ticket, last)
+            except Failure as failure:
+                failures.append(failure)
+                queue = _still_worth_trying(queue, model, failures)
+        return self._settle_for(call, failures)
+
+    def _check_budget(self, table: Table) -> None:
+        limit = table.daily_limit_usd
+        if limit is None or self.metrics.spent_today_usd() < limit:
+            return
+        wait_s = 86400 - int(time.time()) % 86400
+        text = f"the daily limit of {limit} USD (daily_limit_usd) is spent; it ends at midnight UTC"
+        headers = {"Retry-After": str(wait_s), "x-should-retry": "false"}
+        raise RouterError(429, "budget_exhausted", text, headers=headers)
+
+    def _usable(self, call: Call, decision: Decision) -> list[Model]:
+        """The models of the chain that can take the request; 422 or 503 when there is none."""
+        usable = [model for model in decision.chain if not self.passed_over(call.chat, model)]
+        if usable:
+            return usable
+        reasons = list(dict.fromkeys(self.passed_over(call.chat, m) for m in decision.chain))
+        missing = [reason for reason in reasons if "API key" in reason]
+        text = f"no model of {call.category} can take this request: each {' or '.join(reasons)}"
+        if missing:
+            raise RouterError(503, "no_key", text, headers={"Retry-After": "30"})
+        detail = [{"loc": ["body"], "msg": f"every model {reason}"} for reason in reasons]
+        raise RouterError(422, "no_capable_model", text, detail=detail)
+
+    def passed_over(self, chat: Chat, model: Model) -> str:
+        """Why `model` cannot take `chat`, or ''."""
+        if not model.tools and chat.wants_tools:
+            return "cannot use tools"
+        if not model.images and chat.wants_images:
+            return "cannot see images"
+        if model.context and chat.is_longer_than(model.context):
+            return "cannot take a prompt of this length"
+        if not self.upstreams.has_key(model.upstream):
+            return f"has no API key (set {model.upstream.api_key_env})"
+        return ""
+
+    def _attempt(self, call: Call, model: Model, ticket: Ticket, last: bool) -> Relay:
+        """An answer of `model` that has begun, or its Failure, booked; retried once if worth it."""
+        while True:
+            began = self.clock()
+            attempt = Attempt(model, "success", 200)
+            call.attempts.append(attempt)
+            try:
+                relay = self._open(call, model, spared=last and not ticket.probe)
+            except Failure as failure:
+                self._note_failure(attempt, failure, self.clock() - began)
+                if self._retry(call, ticket, failure):
+                    continue
+                strike = "strike" if VERDICTS[failure.outcome].strike else "none"
+                self.breakers.settle(ticket, strike, call.table.breaker, failure.outcome,
+                                     failure.status, failure.retry_after_s)  # fmt: skip
+                raise
+            attempt.seconds = self.clock() - began
+            call.relay, call.answer = relay, attempt
+            self.breakers.commit(ticket, call.table.breaker["failure_threshold"])
+            call.first_token_s = self.clock() - call.started if call.stream else None
+            return relay
+
+    def _note_failure(self, attempt: Attempt, failure: Failure, seconds: float) -> None:
+        attempt.outcome, attempt.status, attempt.seconds = failure.outcome, failure.status, seconds
+        failure.attempt = attempt
+        if failure.relay:
+            attempt.price(failure.relay.usage)
+
+    def _open(self, call: Call, model: Model, *, spared: bool) -> Relay:
+        """One exchange with one model, up to the commit; the connection is closed on Failure."""
+        call.flight.next_attempt()
+        if call.flight.why:
+            raise Failure(call.flight.why)
+        assert call.decision is not None
+        timeouts = {**call.decision.timeouts, **model.timeouts}
+        kind = "first_token" if call.stream else "answer"
+        more_s = min(30.0, len(call.chat.text) / 10_000) if call.stream else 0.0
+        at = math.inf if spared else self.clock() + timeouts[kind] + more_s
+        call.flight.limit(*min((at, kind), (call.deadline, "total"))[::-1])
+        body = call.chat.for_model(model.id)
+        response = self.upstreams.open(model, body, call.flight, timeouts["connect"])
+        relay = Relay(response, call, timeouts["idle"])
+        try:
+            relay.prepare()
+        except Failure as failure:
+            failure.relay = relay
+            relay.close()
+            raise
+        return relay
+
+    def _retry(self, call: Call, ticket: Ticket, failure: Failure) -> bool:
+        """Wait and say True when the same model deserves its one second try."""
+        if failure.outcome == "reset" or failure.status in (500, 502):
+            pause_s = RETRY_PAUSE_S
+        elif failure.outcome == "rate_limited" and failure.retry_after_s is not None:
+            pause_s = failure.retry_after_s
+        else:
+            return False
+        late = self.clock() + pause_s >= call.deadline or pause_s > RETRY_AFTER_MAX_S
+        if call.retried or ticket.probe or late:
+            return False
+        call.retried = True
+        call.flight.next_attempt()
+        call.flight.wait(pause_s)
+        return True
+
+    def _settle_for(self, call: Call, failures: list[Failure]) -> Relay:
+        """Nobody answered: an empty answer if one came, else the error that says best why."""
+        outcomes = [failure.outcome for failure in failures]
+        if "client_left" in outcomes:
+            raise RouterError(499, "client_left", "the client left")
+        if "empty" in outcomes:
+            empty = failures[len(outcomes) - 1 - outcomes[::-1].index("empty")]
+            call.relay, call.answer = empty.relay, empty.attempt
+            return cast(Relay, empty.relay)
+        refusal = _refusal(failures)
+        if refusal:
+            raise self._as_told(refusal, call)
+        raise self._all_failed(call, outcomes)
+
+    def _as_told(self, refusal: Failure, call: Call) -> RouterError:
+        """An upstream's refusal as it was, since the client can mend it; without any key in it."""
+        status = 400 if refusal.outcome == "content_filter" else refusal.status or 400
+        codes = {"context_length": "context_length_exceeded", "content_filter": "content_filter"}
+        keys = [self.upstreams.key(upstream) for upstream in call.table.upstreams.values()]
+        known = [self.settings.api_key, self.settings.admin_token, *keys]
+        text = scrub(refusal.message, known) or f"the model {VERDICTS[refusal.outcome].says}"
+        return RouterError(status, "invalid_request_error", text, code=codes.get(refusal.outcome),
+                           attempts=call.tries())  # fmt: skip
+
+    def _all_failed(self, call: Call, outcomes: list[str]) -> RouterError:
+        """429 when all is rate limits, 503 when nobody could be asked, 500 when all failed."""
+        circuits = self.breakers.snapshot()
+        asked = [attempt.model.id for attempt in call.attempts]
+        waits = [
+            circuits[id_]["retry_in_sec"] for id_ in {*asked, *call.skipped} if id_ in circuits
+        ]
+        soonest_s = max(1, math.ceil(min(waits, default=1)))
+        reasons = outcomes + [circuits.get(id_, {}).get("reason", "") for id_ in call.skipped]
+        if set(reasons) == {"rate_limited"}:
+            text = f"every model of {call.category} is rate limited; try again in {soonest_s} s"
+            return RouterError(429, "rate_limited", text, attempts=call.tries(),
+                               headers={"Retry-After": str(soonest_s)})  # fmt: skip
+        if not outcomes:
+            text = f"every model of {call.category} failed lately and is not asked yet; GET " \
+                   "/metrics says why, POST /circuit-breaker/reset-all tries now"  # fmt: skip
+            return RouterError(503, "all_circuits_open", text,
+                               headers={"Retry-After": str(min(30, soonest_s))})  # fmt: skip
+        said = "; ".join(f"{a.model.id} {VERDICTS[a.outcome].says}" for a in call.attempts)
+        text = f"no model of {call.category} answered: {said}"
+        headers = {"x-should-retry": "false"}  # the SDKs would walk the chain three times
+        return RouterError(500, "all_models_failed", text, headers=headers, attempts=call.tries())
+
+    def finish(self, call: Call) -> None:
+        """End a call, once: close the upstream, give back probe and permit, book the outcome."""
+        if call.flight.landed:
+            return
+        call.outcome = call.outcome or "client_left"  # a stream that was not read to its end
+        try:
+            if call.answer and call.relay:
+                call.relay.close()
+                call.answer.price(call.relay.usage)
+            if call.ticket:
+                outcome = call.answer.outcome if call.answer else ""
+                failed = (
+                    call.outcome == "failed" and outcome in VERDICTS and VERDICTS[outcome].strike
+                )
+                verdict = "strike" if failed else "good" if call.outcome == "success" else "none"
+                self.breakers.settle(call.ticket, verdict, call.table.breaker, outcome)
+        finally:
+            self.flights.land(call.flight)
+            call.seconds = self.clock() - call.started
+            self.metrics.record(call)
+            log.info("event=request %s", logfmt(call.summary()))
+
+
+def _still_worth_trying(queue: list[Model], model: Model, failures: list[Failure]) -> list[Model]:
+    """What is left of the chain after the last failure."""
+    outcome = failures[-1].outcome
+    rule = VERDICTS[outcome].next
+    if rule == "no" or (rule == "once" and [f.outcome for f in failures].count(outcome) > 1):
+        return []
+    if outcome == "unauthorized":
+        return [other for other in queue if other.upstream != model.upstream]
+    if outcome == "context_length" and model.context:
+        return [other for other in queue if other.context is None or other.context > model.context]
+    return queue
+
+
+def _refusal(failures: list[Failure]) -> Failure | None:
+    """The upstream's refusal that is the client's to mend, if that is what stopped us."""
+    for failure in failures:
+        if failure.outcome in ("content_filter", "context_length"):
+            return failure
+    refusals = [failure for failure in failures if failure.status in (400, 404, 413, 422)]
+    enough = len(refusals) >= 2 or len(refusals) == len(failures)
+    return refusals[0] if enough and any(f.outcome == "refused" for f in refusals) else None
+
+
+# --- routes ------------------------------------------------------------------------------------
+
+routes = flask.Blueprint("router", __name__)
+CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
+FORWARDED = (
+    "X-Forwarded-For",
+    "X-Forwarded-Host",
+    "X-Forwarded-Proto",
+    "Forwarded",
+    "X-Real-IP",
+    "Via",
+)
+OUR_NAMES = ("localhost", "host.docker.internal")  # the second is how a container calls its host
+
+
+def router() -> Router:
+    """The Router of the app that serves this request."""
+    found: Router = flask.current_app.extensions["router"]
+    return found
+
+
+def guard() -> None:
+    """Host, origin, key and content type of every request, before anything is read."""
+    request, settings = flask.request, router().settings
+    check_origin(request, settings)
+    needed = keys_needed(request, settings)
+    given = request.headers.get("Authorization", "").removeprefix("Bearer ").encode()
+    if needed and not any([hmac.compare_digest(given, key.encode()) for key in needed.values()]):
+        text = f"send the value of {' or '.join(needed)} as Authorization: Bearer ..."
+        raise RouterError(401, "invalid_api_key", text, headers={"WWW-Authenticate": "Bearer"})
+    if request.content_length or "chunked" in request.headers.get("Transfer-Encoding", "").lower():
+        encoding = request.headers.get("Content-Encoding", "identity").lower()
+        if request.mimetype != "application/json" or encoding != "identity":
+            text = "send the body as Content-Type: application/json, not compressed"
+            raise RouterError(415, "unsupported_media_type", text)
+
+
+def check_origin(request: flask.Request, settings: Settings) -> None:
+    """403 for a host name that is not ours (a page may point its own here) or another's page."""
+    host = host_of(request)
+    if host not in OUR_NAMES and host not in settings.allowed_hosts and not is_address(host):
+        text = f"the host name {scrub(host)[:100]!r} is not in ROUTER_ALLOWED_HOSTS"
+        raise RouterError(403, "host_not_allowed", text)
+    origin = request.headers.get("Origin")
+    foreign = origin is not None and urlsplit(origin).netloc != request.environ.get("HTTP_HOST")
+    other_site = request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin")
+    visit = request.path == "/" and request.headers.get("Sec-Fetch-Mode") == "navigate"
+    if foreign or (other_site and not visit):
+        raise RouterError(
+            403, "origin_not_allowed", "pages of another origin may not use this router"
+        )
+
+
+def keys_needed(request: flask.Request, settings: Settings) -> dict[str, str]:
+    """{setting: key}, any of which opens this route; {} when it is open; 403 for outsiders."""
+    path, api_key, token = request.path, settings.api_key, settings.admin_token
+    any_key = {"ROUTER_API_KEY": api_key, "ROUTER_ADMIN_TOKEN": token}
+    needed = {}
+    if path.startswith(("/config/", "/circuit-breaker/")):
+        if not token and not is_local(request):
+            text = "without ROUTER_ADMIN_TOKEN only this machine may change things, and by no proxy"
+            raise RouterError(403, "only_local", text)
+        needed = {"ROUTER_ADMIN_TOKEN": token}
+    elif path in ("/config", "/metrics") or (path == "/route" and api_key):
+        needed = any_key
+    elif path in CHAT_PATHS or path.removeprefix("/v1").startswith("/models"):
+        needed = {"ROUTER_API_KEY": api_key}
+    return {name: key for name, key in needed.items() if key}
+
+
+def host_of(request: flask.Request) -> str:
+    """The Host header without its port and brackets, in lower case."""
+    host = request.environ.get("HTTP_HOST", "").strip().lower()
+    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+
+
+def is_local(request: flask.Request) -> bool:
+    """True when the request comes straight from this machine, as far as one can tell."""
+    direct = not any(name in request.headers for name in FORWARDED)
+    modern = request.environ.get("SERVER_PROTOCOL") == "HTTP/1.1"  # nginx speaks 1.0 by default
+    return (
+        direct
+        and modern
+        and is_loopback(request.remote_addr or "")
+        and is_loopback(host_of(request))
+    )
+
+
+@routes.post("/v1/chat/completions")
+@routes.post("/chat/completions")
+def chat() -> flask.Response:
+    """The proxied chat request: its permit, its body, a model that answers, the relay."""
+    call = flask.g.call = router().begin(flask.request.environ.get("gunicorn.socket"))
+    router().flights.board(call.flight)
+    decision = router().choose(call, read_chat(read_body(flask.request)))
+    call.whole = call.whole or flask.request.headers.get("X-Router-Stream", "").lower() == "whole"
+    return answer(router(), call, router().walk(call, decision))
+
+
+def answer(owner: Router, call: Call, relay: Relay) -> flask.Response:
+    """The relay as a response; its close hook ends the call, whatever became of it."""
+    if call.stream:
+        response = flask.Response(relay.stream(), mimetype="text/event-stream")
+        response.headers.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    else:
+        call.outcome = "success"
+        if call.answer:
+            call.answer.price(relay.usage)
+        response = flask.Response(relay.held[0], mimetype="application/json")
+    response.headers.update(call.headers())
+    response.call_on_close(lambda: owner.finish(call))
+    return response
+
+
+@routes.post("/route")
+def dry_run() -> dict[str, Any]:
+    """Where a request would go and why, through the same code; no upstream is called."""
+    text, body, members = parse_object(read_body(flask.request))
+    check(body, "RouteRequest")
+    if "text" in body:
+        body["messages"] = [{"role": "user", "content": body["text"]}]
+    call = router().begin(flask.request.environ.get("gunicorn.socket"))
+    router().flights.board(call.flight)
+    try:
+        return explain(router(), call, Chat(text, body, members))
+    finally:
+        router().flights.land(call.flight)
+
+
+def explain(owner: Router, call: Call, chat: Chat) -> dict[str, Any]:
+    """The decision with the words that made it, and who of the chain would be passed over."""
+    decision, circuits = owner.choose(call, chat), owner.breakers.snapshot()
+    chain = []
+    for model in decision.chain:
+        circuit = circuits.get(model.id, {"state": "closed", "retry_in_sec": 0.0})
+        closed = "" if circuit["state"] == "closed" else "failed lately"
+        chain.append({"model": model.id, "circuit": circuit["state"],
+                      "retry_in_sec": circuit["retry_in_sec"],
+                      "passed_over": owner.passed_over(chat, model) or closed or None})  # fmt: skip
+    return {"category": decision.category, "mode": decision.mode, "reason": decision.reason,
+            "margin": round(decision.margin, 3), "chain": chain,
+            "words": [{"word": word, "weight": n} for word, n in decision.words]}  # fmt: skip
+
+
+@routes.get("/v1/models")
+@routes.get("/models")
+def models() -> dict[str, Any]:
+    """OpenAI's list of what `model` may be."""
+    return {"object": "list", "data": [model_entry(id_) for id_ in router().store.table.names()]}
+
+
+@routes.get("/v1/models/<path:name>")
+@routes.get("/models/<path:name>")
+def model(name: str) -> dict[str, Any]:
+    """One entry of that list."""
+    if name not in router().store.table.names():
+        raise RouterError(
+            404, "model_not_found", "no such model: GET /v1/models lists them", param="model"
+        )
+    return model_entry(name)
+
+
+def model_entry(id_: str) -> dict[str, Any]:
+    """OpenAI's model object."""
+    owner = "llm-router" if id_.partition("/")[0] == "router" else id_.rpartition("/")[0]
+    return {"id": id_, "object": "model", "created": 0, "owned_by": owner or "llm-router"}
+
+
+@routes.get("/health")
+def health() -> dict[str, Any]:
+    """The reference's keys, then what an operator asks next; nobody is called."""
+    store, table = router().store, router().store.table
+    bad = {"status": "stale", "error": store.error, "since": store.error_since}
+    return {
+        "status": "degraded" if store.error else "healthy",
+        "service": "llm-router",
+        "version": VERSION,
+        "routing_mode": table.mode,
+        "categories": list(table.categories),
+        "config": bad if store.error else {"status": "ok"},
+        "upstreams": {u.name: router().upstreams.state(u) for u in table.upstreams.values()},
+        "classifier": router().classifier.status(table),
+        "demo": router().settings.demo,
+    }
+
+
+@routes.get("/health/ready")
+def ready() -> tuple[dict[str, Any], int]:
+    """200 when some model has its key and a circuit that is not open, 503 otherwise."""
+    chains = (
+        model for category in router().store.table.categories.values() for model in category.models
+    )
+    able = (m.id for m in chains if router().upstreams.has_key(m.upstream))
+    is_ready = any(router().breakers.would_admit(id_) for id_ in able)
+    return {"status": "ready" if is_ready else "not_ready"}, 200 if is_ready else 503
+
+
+@routes.get("/metrics")
+def metrics() -> dict[str, Any]:
+    """The reference's figures and ours."""
+    table, circuits = router().store.table, router().breakers.snapshot()
+    open_ones = {model: dict(c) for model, c in circuits.items() if c["state"] != "closed"}
+    for circuit in open_ones.values():
+        del circuit["strikes"]
+    return {
+        **router().metrics.as_json(table),
+        "in_flight": len(router().flights),
+        "circuit_breaker": {
+            "failures": {model: c["strikes"] for model, c in circuits.items() if c["strikes"]},
+            "open_circuits": open_ones,
+            "config": {
+                key: table.breaker[key] for key in ("failure_threshold", "recovery_timeout_sec")
+            },
+        },
+        "recent_requests": router().metrics.recent(),
+    }
+
+
+@routes.get("/config")
+def config() -> flask.Response:
+    """The table in force, without keys; its ETag is for If-Match."""
+    table = router().store.table
+    shown = table.as_json()
+    for upstream in table.upstreams.values():
+        shown["upstreams"][upstream.name]["configured"] = router().upstreams.has_key(upstream)
+    response = flask.jsonify(shown)
+    response.set_etag(table.etag)
+    return response
+
+
+@routes.post("/config/category")
+@routes.post("/config/model-mapping")
+def set_category() -> dict[str, Any]:
+    """Create or change a category; a mapping changes only the chain of one that exists."""
+    _, body, _ = parse_object(read_body(flask.request))
+    check(body, "CategoryChange" if flask.request.path.endswith("category") else "MappingChange")
+    name = body.get("name") or body["category"]
+    table = changed(lambda table: table.with_category(name, body, must_exist="category" in body))
+    ids = [model.id for model in table.categories[name].models]
+    return {"status": "ok", "category": name, "models": ids, "warnings": table.doubts_about(name)}
+
+
+@routes.delete("/config/category/<name>")
+def drop_category(name: str) -> dict[str, Any]:
+    """Delete a category that a user made; the default one is 422, another built-in one 400."""
+    changed(lambda table: table.without_category(name))
+    return {"status": "ok", "category": name}
+
+
+def changed(edit: Callable[[Table], str]) -> Table:
+    """The table after `edit` was written to routes.json; circuits of gone models are forgotten."""
+    table = router().store.change(edit, flask.request.headers.get("If-Match"))
+    router().breakers.keep_only(model.id for c in table.categories.values() for model in c.models)
+    return table
+
+
+@routes.post("/circuit-breaker/reset/<path:name>")
+def reset(name: str) -> dict[str, Any]:
+    """Forget the strikes of one model, by full or short name."""
+    known = router().store.table.resolve(name) or name
+    if known not in router().store.table.models and known not in router().breakers.snapshot():
+        raise RouterError(404, "model_not_found", "no such model: GET /v1/models lists them")
+    router().breakers.reset([known])
+    return {"status": "ok", "model": known}
+
+
+@routes.post("/circuit-breaker/reset-all")
+def reset_all() -> dict[str, Any]:
+    """Forget the strikes of all models."""
+    router().breakers.reset()
+    return {"status": "ok"}
+
+
+@routes.get("/")
+def index() -> dict[str, Any]:
+    """Pointers to the other routes."""
+    return {"service": "llm-router", "version": VERSION, "chat": "/v1/chat/completions",
+            "models": "/v1/models", "dry_run": "/route", "health": "/health", "metrics": "/metrics",
+            "config": "/config"}  # fmt: skip
+
+
+# --- application -------------------------------------------------------------------------------
+
+
+def create_app(settings: Settings | None = None, *, session: requests.Session | None = None,
+               clock: Callable[[], float] = time.monotonic) -> flask.Flask:  # fmt: skip
+    """The WSGI application. RoutesError or SettingsError when it cannot serve."""
+    settings = settings or Settings.from_env(os.environ)
+    log_to_stderr()
+    session = session or new_session(settings.threads)
+    if settings.demo:
+        import demo  # only here: a router with a key never loads it
+
+        session.mount("demo://", demo.DemoAdapter())
+    app = flask.Flask("llm-router", static_folder=None)
+    app.config.update(
+        MAX_CONTENT_LENGTH=settings.max_body_mb << 20, PROVIDE_AUTOMATIC_OPTIONS=False
+    )
+    app.json.sort_keys = False  # type: ignore[attr-defined]
+    app.url_map.merge_slashes = False  # it would answer // with a redirect
+    owner = app.extensions["router"] = Router(settings, session, clock)
+    app.extensions["schemas"] = request_schemas()
+    rejections = log_rejections(settings.validation_log)
+    app.register_blueprint(routes)
+    app.before_request(guard)
+    app.after_request(add_headers)
+    app.register_error_handler(Exception, lambda e: error_response(translated(e), rejections))
+    if owner.store.table.mode != "keywords":
+        threading.Thread(target=warm_up, args=(owner,), name="warm-up", daemon=True).start()
+    return app
+
+
+def warm_up(owner: Router) -> None:
+    """Have Ollama load the classifier's model before the first request needs it."""
+    call = owner.begin(None)
+    owner.flights.board(call.flight)
+    try:
+        owner.classifier.warm_up(call.table, call.flight)
+    finally:
+        owner.flights.land(call.flight)
+
+
+def request_schemas() -> dict[str, jsonschema.Draft202012Validator]:
+    """openapi.json's schemas, compiled once; ChatHead is ChatRequest without its messages."""
+    components = json.loads((HERE / "openapi.json").read_text(encoding="utf-8"))["components"]
+    request = components["schemas"]["ChatRequest"]
+    head = {**request["properties"], "messages": {"type": "array", "minItems": 1}}
+    components["schemas"]["ChatHead"] = {**request, "properties": head}
+    names = ("ChatHead", "ChatRequest", "RouteRequest", "CategoryChange", "MappingChange")
+    return {
+        name: jsonschema.Draft202012Validator(
+            {"$ref": f"#/components/schemas/{name}", "components": components}
+        )
+        for name in names
+    }
+
+
+def add_headers(response: flask.Response) -> flask.Response:
+    """Headers of every answer."""
+    response.headers.setdefault("X-Content-Type-Options", "nosniff")
+    response.headers.setdefault("Cache-Control", "no-store")
+    if router().settings.demo:
+        response.headers["X-Router-Demo"] = "1"
+    return response
+
+
+def translated(e: Exception) -> RouterError:
+    """Whatever was raised, as our error; a bug is a 500 that blames no model and logs no value."""
+    if isinstance(e, RouterError):
+        return e
+    if isinstance(e, Full):
+        return RouterError(
+            503, "too_many_requests", f"{e}; try again", headers={"Retry-After": "1"}
+        )
+    if isinstance(e, Refused):
+        detail = [{"loc": ["body"], "msg": str(e)}] if e.status == 422 else None
+        return RouterError(e.status, e.kind, str(e), detail=detail)
+    if not isinstance(e, HTTPException):
+        log.error("event=internal_error where=%s", where_it_broke())
+        return RouterError(500, "internal_error", "the router has a bug; its log says where",
+                           headers={"x-should-retry": "false"})  # fmt: skip
+    known = {404: ("not_found", "there is no such route; GET / lists them"),
+             405: ("method_not_allowed", "this route does not take that method"),
+             413: ("request_too_large", "the body is over ROUTER_MAX_BODY_MB")}  # fmt: skip
+    kind, text = known.get(e.code or 500, ("bad_request", e.name))
+    allow = {key: value for key, value in e.get_headers() if key == "Allow"}
+    return RouterError(e.code or 500, kind, text, headers=allow)
+
+
+def error_response(e: RouterError, rejections: logging.Logger) -> flask.Response:
+    """The envelope; ends the call that the error ended."""
+    call: Call | None = flask.g.get("call")
+    place = {
+        "time": now_text(),
+        "request_id": call.id if call else None,
+        "path": flask.request.path,
+    }
+    for finding in (e.detail or ()) if e.status == 422 else ():
+        rejections.info(json.dumps({**place, **finding}))
+    response = flask.jsonify(e.body())
+    response.status_code = e.status
+    response.headers.extend(e.headers)
+    if call:
+        call.status = e.status
+        call.outcome = "client_left" if e.status == 499 else "failed"
+        response.headers.extend(call.headers())
+        router().finish(call)
+    elif flask.request.path in CHAT_PATHS:
+        router().metrics.reject()
+    return response
+
+
+if __name__ == "__main__":
+    sys.exit(main())

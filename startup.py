@@ -1,0 +1,224 @@
+"""Before the first request: the settings of the environment, and the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from routes_file import RoutesError, Store, Table, Upstream, load_table
+from wire import is_loopback
+
+VERSION = "0.4.0"
+HERE = Path(__file__).resolve().parent
+
+
+class SettingsError(Exception):
+    """A setting of the environment is unusable; the message names it."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment says, read once. README lists every variable."""
+
+    routes: Path = HERE / "routes.json"
+    bind: str = "127.0.0.1:3456"
+    threads: int = 64
+    api_key: str = field(default="", repr=False)
+    admin_token: str = field(default="", repr=False)
+    allowed_hosts: tuple[str, ...] = ()
+    max_body_mb: int = 16
+    validation_log: Path = HERE / "validation_errors.log"
+    log_format: str = "logfmt"
+    demo: bool = False
+    allow_open: bool = False
+    environ: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> Settings:
+        """The settings in `environ`; SettingsError naming the variable that does not parse."""
+        routes = Path(environ.get("ROUTER_ROUTES") or cls.routes).absolute()
+        hosts = environ.get("ROUTER_ALLOWED_HOSTS", "").lower().split(",")
+        settings = cls(
+            routes=routes,
+            bind=environ.get("ROUTER_BIND") or cls.bind,
+            threads=_whole_number(environ, "ROUTER_THREADS", cls.threads, 4096),
+            api_key=read_secret(environ, "ROUTER_API_KEY"),
+            admin_token=read_secret(environ, "ROUTER_ADMIN_TOKEN"),
+            allowed_hosts=tuple(host.strip() for host in hosts if host.strip()),
+            max_body_mb=_whole_number(environ, "ROUTER_MAX_BODY_MB", cls.max_body_mb, 1024),
+            validation_log=Path(environ.get("ROUTER_VALIDATION_LOG")
+                                or routes.parent / cls.validation_log.name),
+            log_format=_one_of(environ, "ROUTER_LOG_FORMAT", "logfmt", "json"),
+            demo=_one_of(environ, "ROUTER_DEMO", "0", "1") == "1",
+            allow_open=_one_of(environ, "ROUTER_ALLOW_OPEN", "0", "1") == "1",
+            environ=dict(environ),
+        )  # fmt: skip
+        if not is_loopback(settings.address[0]) and not settings.guarded:
+            raise SettingsError(
+                f"ROUTER_BIND: {settings.bind} can be reached from other machines; set "
+                "ROUTER_API_KEY and ROUTER_ADMIN_TOKEN first, or ROUTER_ALLOW_OPEN=1 to serve all"
+            )
+        return settings
+
+    def secret(self, name: str) -> str:
+        """The value of the variable `name`, or of the file in `<name>_FILE`; '' when unset."""
+        return read_secret(self.environ, name)
+
+    @property
+    def guarded(self) -> bool:
+        """True when strangers meet keys everywhere, or are welcome."""
+        return bool(self.api_key and self.admin_token) or self.allow_open
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of `bind`; SettingsError when it is not HOST:PORT."""
+        host, _, port = self.bind.rpartition(":")
+        if not host or not port.isdecimal() or int(port) > 65535:
+            raise SettingsError(f"ROUTER_BIND: expected HOST:PORT, got {self.bind!r}")
+        return host.strip("[]"), int(port)
+
+
+def read_secret(environ: Mapping[str, str], name: str) -> str:
+    """`name` from the environment or from the file in `<name>_FILE`; '' when neither is set."""
+    value, path = environ.get(name, "").strip(), environ.get(f"{name}_FILE")
+    if path and not value:
+        try:
+            value = Path(path).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as e:
+            raise SettingsError(f"{name}_FILE: cannot read {path}: {type(e).__name__}") from e
+    if value and not (value.isascii() and value.isprintable()):
+        raise SettingsError(f"{name}: a key is one line of printable ASCII characters")
+    return value
+
+
+def _whole_number(environ: Mapping[str, str], name: str, default: int, most: int) -> int:
+    value = environ.get(name) or str(default)
+    if not value.isdecimal() or not value.isascii() or not 1 <= int(value) <= most:
+        raise SettingsError(f"{name}: expected a whole number from 1 to {most}, got {value!r}")
+    return int(value)
+
+
+def _one_of(environ: Mapping[str, str], name: str, *choices: str) -> str:
+    value = environ.get(name) or choices[0]
+    if value not in choices:
+        raise SettingsError(f"{name}: expected {' or '.join(choices)}, got {value!r}")
+    return value
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; exit status 0 fine, 1 not fine, 2 wrong usage."""
+    parser = argparse.ArgumentParser("router.py", description="An OpenAI-compatible LLM router.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser("serve", help="run the service (settings: environment and .env)")
+    serve.add_argument(
+        "--or-demo", action="store_true", help="demo texts when no upstream has its key"
+    )
+    check = commands.add_parser("check", help="say what is wrong with routes.json and the settings")
+    check.add_argument("file", nargs="?", help="default: ROUTER_ROUTES, or routes.json")
+    check.add_argument(
+        "--banner", action="store_true", help="say what the service will be, and where"
+    )
+    args = parser.parse_args(argv)
+    try:
+        return (
+            run_serve(args.or_demo)
+            if args.command == "serve"
+            else run_check(args.file, args.banner)
+        )
+    except (SettingsError, RoutesError) as e:
+        sys.stderr.write("".join(f"router: {line}\n" for line in str(e).splitlines()))
+        return 1
+
+
+def read_dotenv(path: Path) -> None:
+    """Put KEY=VALUE lines of `path` into the environment; what is set already wins."""
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            key, equals, value = line.strip().removeprefix("export ").partition("=")
+            if equals and not key.startswith("#"):
+                os.environ.setdefault(key.strip(), value.strip().strip("\"'"))
+
+
+def run_serve(or_demo: bool) -> int:
+    """Become gunicorn; 1 when routes.json or a setting is unusable."""
+    read_dotenv(HERE / ".env")
+    settings = Settings.from_env(os.environ)
+    table = table_for_start(settings)
+    if or_demo and len(without_key(settings, table)) == len(table.upstreams):
+        os.environ["ROUTER_DEMO"] = "1"
+    os.chdir(HERE)
+    os.execv(
+        sys.executable, [sys.executable, "-m", "gunicorn", "-c", "gunicorn.conf.py", "wsgi:app"]
+    )
+
+
+def table_for_start(settings: Settings) -> Table:
+    """The table to start with: routes.json, or with a loud word the last good one."""
+    store = Store(settings.routes)
+    if store.error:
+        sys.stderr.write(
+            f"router: {settings.routes} IS BROKEN, serving the last good one: {store.error}\n"
+        )
+    return store.table
+
+
+def without_key(settings: Settings, table: Table) -> list[Upstream]:
+    """The upstreams that need a key and have none."""
+    needy = [upstream for upstream in table.upstreams.values() if upstream.api_key_env]
+    return [upstream for upstream in needy if not settings.secret(upstream.api_key_env or "")]
+
+
+def run_check(file: str | None, banner: bool) -> int:
+    """Print warnings, or a banner; errors are raised with their place."""
+    settings = Settings.from_env(os.environ)
+    if banner:
+        print_banner(settings, table_for_start(settings))
+        return 0
+    path = Path(file) if file else settings.routes
+    schema = json.loads((HERE / "routes.schema.json").read_text(encoding="utf-8"))
+    try:
+        table = load_table(path.read_text(encoding="utf-8"), schema)
+    except (OSError, UnicodeDecodeError) as e:
+        raise RoutesError(f"{path}: {e}") from e
+    except RoutesError as e:
+        raise RoutesError("\n".join(f"{path}: {line}" for line in str(e).splitlines())) from e
+    missing = [f"{u.name} has no key: set {u.api_key_env}" for u in without_key(settings, table)]
+    for warning in [*table.warnings, *missing]:
+        sys.stdout.write(f"warning: {warning}\n")
+    sys.stdout.write(
+        f"{path}: {len(table.categories)} categories, {len(table.models)} models: fine\n"
+    )
+    return 0
+
+
+def print_banner(settings: Settings, table: Table) -> None:
+    """What a person needs to know when the service starts."""
+    host, port = settings.address
+    base = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"  # noqa: S104
+    upstreams = ", ".join(f"{u.name} ({u.base_url})" for u in table.upstreams.values())
+    if settings.demo:
+        upstreams = "DEMO: no key found, answers are made up here; set " + " or ".join(
+            u.api_key_env or u.name for u in table.upstreams.values()
+        )
+    classifier = "keywords only"
+    if table.mode != "keywords":
+        classifier = (
+            f"{table.mode}: {table.ollama['model']} at {table.ollama['base_url']}, keywords"
+        )
+    curl = f"curl {base}/v1/chat/completions -H 'Content-Type: application/json' " \
+           """-d '{"model":"router","messages":[{"role":"user","content":"Hello"}]}'"""  # fmt: skip
+    lines = [
+        f"llm-router {VERSION}", f"  listening   {base}", f"  base URL    {base}/v1 (or {base})",
+        "  model       router", f"  routes      {settings.routes}", f"  upstream    {upstreams}",
+        f"  classifier  {classifier}", "  try it", f"    {curl}",
+    ]  # fmt: skip
+    if not settings.admin_token:
+        lines.append(
+            "  note        behind a proxy set ROUTER_ADMIN_TOKEN, or /config is open to all"
+        )
+    sys.stderr.write("\n".join(lines) + "\n")

@@ -1,0 +1,461 @@
+"""The wire: HTTP calls to upstreams that can be hung up at any moment, and server-sent events.
+
+A WSGI thread learns that its client left only at its next write, and `requests` counts a read
+timeout from one packet to the next. So every call belongs to a `Flight`, which knows the client's
+socket, the upstream's socket and the next deadline, and one watcher thread ends flights whose
+client left or whose deadline passed, by shutting the upstream socket down. Nothing here knows
+Flask, models or categories.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import ipaddress
+import json
+import logging
+import math
+import re
+import select
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import requests
+import urllib3
+import urllib3.connection
+from requests.adapters import HTTPAdapter
+from requests.structures import CaseInsensitiveDict
+
+log = logging.getLogger("llm_router")
+
+TICK_S = 0.25  # how often the watcher looks at clients and deadlines
+RESERVE = 8  # threads kept free of chats, so that /health and the admin routes always answer
+MAX_ANSWER = 32 << 20  # bytes of one whole answer, or of one held stream
+MAX_EVENT = 8 << 20  # bytes of one server-sent event
+MAX_ERROR = 64 << 10  # bytes read of an error page
+_LEFT = getattr(select, "POLLRDHUP", 0)  # Linux; elsewhere a read of zero bytes tells
+_current = threading.local()  # .flight: whose upstream call this thread makes
+
+
+class Flight:
+    """One chat request in the air: its client, the upstream socket, and the next deadline."""
+
+    def __init__(self, client: socket.socket | None, clock: Callable[[], float]):
+        self.client = client
+        self.clock = clock
+        self.why: str | None = None  # what ended it, because a shutdown looks like a reset
+        self.hold_until = math.inf
+        self.hold_kind = ""
+        self.landed = False
+        self._over = threading.Event()
+        self._lock = threading.Lock()  # guards _sock; held during its shutdown, which cannot block
+        self._sock: socket.socket | None = None
+
+    def limit(self, kind: str, at: float) -> None:
+        """From now on the watcher ends the flight as `kind` when the clock passes `at`."""
+        self.hold_kind, self.hold_until = kind, at
+
+    def end(self, why: str) -> None:
+        """Shut the upstream socket down; its reader wakes up and finds `why`."""
+        with self._lock:
+            if self.landed or self.why:
+                return
+            self.why = why
+            if self._sock is not None:
+                with contextlib.suppress(OSError):  # the plain method: TLS would say goodbye first
+                    socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+        self._over.set()
+
+    def next_attempt(self) -> None:
+        """Forget a deadline that ended the last attempt, but not a client that left."""
+        with self._lock:
+            self.hold_until = math.inf
+            if self.why not in (None, "client_left", "total"):
+                self.why = None
+                self._over.clear()
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, unless the flight ends."""
+        self._over.wait(seconds)
+
+    def attach(self, sock: socket.socket | None) -> None:
+        """Note the upstream socket in use; at once shut down when the flight is over."""
+        with self._lock:
+            self._sock = sock
+            if self.why and sock is not None:
+                with contextlib.suppress(OSError):
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    def detach(self) -> bool:
+        """The connection goes back to the pool; False when it was shut down meanwhile."""
+        with self._lock:
+            self._sock = None
+            return self.why is None
+
+    def client_left(self) -> bool:
+        """True when the client's socket says so; only for platforms without POLLRDHUP."""
+        try:
+            flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
+            return self.client is not None and self.client.recv(1, flags) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+
+class Full(Exception):
+    """No permit is left; the message says how many there are."""
+
+
+class Flights:
+    """Everything in the air: a permit for each, and one thread that watches all of them."""
+
+    def __init__(self, threads: int, clock: Callable[[], float] = time.monotonic):
+        self.limit = max(1, threads - RESERVE)
+        self._clock = clock
+        self._lock = threading.Lock()  # guards _air and _watcher
+        self._air: set[Flight] = set()
+        self._busy = threading.Event()
+        self._watcher: threading.Thread | None = None
+
+    def __len__(self) -> int:
+        return len(self._air)
+
+    def board(self, flight: Flight) -> None:
+        """Give `flight` a permit, at once; 503 when all are taken."""
+        with self._lock:
+            if len(self._air) >= self.limit:
+                raise Full(f"{self.limit} requests are in flight, all that ROUTER_THREADS allows")
+            self._air.add(flight)
+            if self._watcher is None:  # not at import, nor before gunicorn has forked
+                self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
+                self._watcher.start()
+        self._busy.set()
+
+    def land(self, flight: Flight) -> None:
+        """Give the permit back; nothing shuts the flight's sockets down after this."""
+        with flight._lock:
+            flight.landed = True
+        with self._lock:
+            self._air.discard(flight)
+            if not self._air:
+                self._busy.clear()
+
+    def _watch(self) -> None:
+        while True:
+            self._busy.wait()
+            time.sleep(TICK_S)
+            try:
+                self.look()
+            except Exception:  # noqa: BLE001  must outlive anything: without the watcher nothing ever ends
+                log.error("event=watcher_error where=%s", where_it_broke())
+
+    def look(self) -> None:
+        """End every flight whose client left or whose deadline passed."""
+        with self._lock:
+            air = list(self._air)
+        left = clients_that_left(air)
+        now = self._clock()
+        for flight in air:
+            if flight in left:
+                flight.end("client_left")
+            elif now >= flight.hold_until:
+                flight.end(flight.hold_kind)
+
+
+def clients_that_left(air: Iterable[Flight]) -> set[Flight]:
+    """The flights whose client closed its connection, or half of it."""
+    by_fd: dict[int, Flight] = {}
+    poll = select.poll()
+    for flight in air:
+        fd = flight.client.fileno() if flight.client is not None else -1
+        if fd >= 0:
+            by_fd[fd] = flight
+            poll.register(fd, _LEFT or select.POLLIN)
+    gone = {by_fd[fd] for fd, _ in poll.poll(0)}
+    return gone if _LEFT else {flight for flight in gone if flight.client_left()}
+
+
+class _Noted:
+    """Mixed into urllib3's connections: tells the flight which socket it waits on."""
+
+    flight: Flight | None = None
+    sock: socket.socket | None
+
+    def _new_conn(self) -> socket.socket:
+        sock: socket.socket = super()._new_conn()  # type: ignore[misc]
+        flight = getattr(_current, "flight", None)
+        if flight:  # a copy, because TLS takes the descriptor away from this object
+            self.copy = sock.dup()
+            flight.attach(self.copy)
+        return sock
+
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        self.flight = getattr(_current, "flight", None)
+        if self.flight:
+            self.flight.attach(self.sock)
+            self.drop_copy()
+        super().request(*args, **kwargs)  # type: ignore[misc]
+
+    def close(self) -> None:
+        if self.flight:
+            self.flight.detach()
+        self.drop_copy()
+        super().close()  # type: ignore[misc]
+
+    def drop_copy(self) -> None:
+        copy = self.__dict__.pop("copy", None)
+        if copy is not None:
+            copy.close()
+
+
+class _HTTPConnection(_Noted, urllib3.connection.HTTPConnection):
+    pass
+
+
+class _HTTPSConnection(_Noted, urllib3.connection.HTTPSConnection):
+    pass
+
+
+class _NotedPool:
+    def _put_conn(self, conn: Any) -> None:
+        """Before anyone else may use the connection, its flight lets go of it."""
+        flight = getattr(conn, "flight", None)
+        if flight:
+            conn.flight = None
+            if not flight.detach():
+                conn.close()
+        super()._put_conn(conn)  # type: ignore[misc]
+
+
+class _HTTPPool(_NotedPool, urllib3.HTTPConnectionPool):
+    ConnectionCls = _HTTPConnection
+
+
+class _HTTPSPool(_NotedPool, urllib3.HTTPSConnectionPool):
+    ConnectionCls = _HTTPSConnection
+
+
+class Adapter(HTTPAdapter):
+    """requests' adapter with connections that a flight can shut down."""
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
+
+    def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
+        manager = super().proxy_manager_for(proxy, **kwargs)
+        manager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
+        return manager
+
+
+def new_session(threads: int) -> requests.Session:
+    """A session that keeps a connection per thread and reads no .netrc (it would replace keys)."""
+    session = requests.Session()
+    session.trust_env = False
+    session.proxies = getproxies()  # read once, here
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, Adapter(pool_connections=32, pool_maxsize=threads, max_retries=0))
+    return session
+
+
+class Failure(Exception):
+    """A call that brought no answer: one word for what happened, and what is known of it."""
+
+    def __init__(
+        self,
+        outcome: str,
+        message: str = "",
+        status: int | None = None,
+        retry_after_s: float | None = None,
+    ):
+        super().__init__(outcome)
+        self.outcome = outcome
+        self.message = message
+        self.status = status
+        self.retry_after_s = retry_after_s
+        self.relay: Any = None  # what it read so far: an empty answer may be passed on yet
+        self.attempt: Any = None
+
+
+class Line:
+    """One URL to post JSON to, prepared once: adapter, headers, proxy, certificates."""
+
+    def __init__(
+        self, session: requests.Session, url: str, environ: Mapping[str, str], key: str = ""
+    ):
+        self.url = url
+        self.adapter = session.get_adapter(url)
+        self.verify = environ.get("REQUESTS_CA_BUNDLE") or True
+        local = is_loopback(urlsplit(url).hostname or "")
+        self.proxies = {} if local else requests.utils.get_environ_proxies(url)
+        self.headers = {
+            "Content-Type": "application/json",
+            "Accept": "application/json, text/event-stream",
+            "Accept-Encoding": "identity",
+            "User-Agent": "llm-router",
+        }
+        if key:
+            self.headers["Authorization"] = f"Bearer {key}"
+
+    def send(self, body: bytes, flight: Flight, connect_s: float) -> requests.Response:
+        """One HTTP call on behalf of `flight`; the library's exceptions become a Failure here.
+
+        HTTPAdapter.send costs half of Session.post, follows no redirect and knows no cookies. The
+        watcher enforces the deadlines, since a read timeout counts from one packet to the next.
+        """
+        request = requests.PreparedRequest()
+        request.method, request.url, request.body = "POST", self.url, body
+        request.headers = CaseInsensitiveDict(self.headers)
+        request.headers["Content-Length"] = str(len(body))
+        _current.flight = flight
+        with translated(flight):
+            return self.adapter.send(
+                request,
+                stream=True,
+                timeout=(connect_s, None),
+                verify=self.verify,
+                proxies=self.proxies,
+            )
+
+
+@contextlib.contextmanager
+def translated(flight: Flight) -> Iterator[None]:
+    """What requests and urllib3 raise before an answer's head has come, as a Failure."""
+    try:
+        yield
+    except requests.exceptions.SSLError as e:
+        raise Failure(flight.why or "tls") from e
+    except requests.exceptions.ConnectTimeout as e:
+        raise Failure(flight.why or "connect") from e
+    except requests.exceptions.ConnectionError as e:
+        reached = isinstance(e.args[0] if e.args else e, urllib3.exceptions.ProtocolError)
+        raise Failure(flight.why or ("reset" if reached else "connect")) from e
+    except (
+        requests.RequestException,
+        urllib3.exceptions.HTTPError,
+        http.client.HTTPException,
+    ) as e:
+        raise Failure(flight.why or "not_an_answer") from e
+    finally:
+        _current.flight = None
+
+
+def read_chunks(response: requests.Response, flight: Flight) -> Iterator[bytes]:
+    """The answer's bytes as they come. `iter_content` would wait for the end of some answers."""
+    while True:
+        try:
+            chunk = response.raw.read1(65536)
+        except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError) as e:
+            raise Failure(flight.why or "cut", status=response.status_code) from e
+        if not chunk:
+            break
+        yield chunk
+    if flight.why:
+        raise Failure(flight.why, status=response.status_code)
+
+
+def read_whole(response: requests.Response, flight: Flight, limit: int = MAX_ANSWER) -> bytes:
+    """All bytes of an answer of at most `limit` bytes; Failure when it breaks off or is larger."""
+    chunks, size = [], 0
+    for chunk in read_chunks(response, flight):
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > limit:
+            raise Failure("not_an_answer", f"over {limit} bytes", status=response.status_code)
+    return b"".join(chunks)
+
+
+def parse_loosely(data: bytes | str) -> Any:
+    """The JSON value in `data`, or None."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+
+
+def retry_after_of(value: str | None) -> float | None:
+    """Seconds of a Retry-After header, a number or a date; None when absent or unreadable."""
+    try:
+        seconds = float(value or "nan")
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(value or "").timestamp() - time.time()
+        except (TypeError, ValueError, OverflowError):
+            return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None
+
+
+class Event(NamedTuple):
+    """One server-sent event: its bytes, and what it holds: comment, done, data or malformed."""
+
+    raw: bytes
+    kind: str
+    data: dict[str, Any]
+
+
+_EVENT_END = re.compile(rb"\r?\n\r?\n|\r\r")
+
+
+def read_events(chunks: Iterable[bytes]) -> Iterator[Event]:
+    """Complete events, as soon as they are complete; a tail without its blank line counts."""
+    buffer = b""
+    for chunk in chunks:
+        at, seen = 0, max(0, len(buffer) - 3)
+        buffer += chunk
+        for match in _EVENT_END.finditer(buffer, seen):
+            yield parse_event(buffer[at : match.end()])
+            at = match.end()
+        buffer = buffer[at:]
+        if len(buffer) > MAX_EVENT:
+            raise Failure("not_an_answer", f"an event over {MAX_EVENT} bytes")
+    if buffer.strip():
+        yield parse_event(buffer.rstrip(b"\r\n") + b"\n\n")
+
+
+def parse_event(raw: bytes) -> Event:
+    """One event; several `data:` lines are joined as the standard says."""
+    lines = [line[5:].strip() for line in raw.splitlines() if line.startswith(b"data:")]
+    if not lines:
+        fields = (b":", b"event:", b"id:", b"retry:")
+        is_comment = raw.strip().startswith(fields) or not raw.strip()
+        return Event(raw, "comment" if is_comment else "malformed", {})
+    payload = b"\n".join(lines)
+    if payload == b"[DONE]":
+        return Event(raw, "done", {})
+    data = parse_loosely(payload)
+    return Event(raw, "data", data) if isinstance(data, dict) else Event(raw, "malformed", {})
+
+
+def is_address(host: str) -> bool:
+    """True for an IP address."""
+    try:
+        return bool(ipaddress.ip_address(host))
+    except ValueError:
+        return False
+
+
+def is_loopback(host: str) -> bool:
+    """True when only this machine can reach `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def where_it_broke() -> str:
+    """The current exception's type and frames; not its message, which may hold a prompt."""
+    kind, _, trace = sys.exc_info()
+    frames = [
+        f"{Path(f.filename).name}:{f.lineno}:{f.name}" for f in traceback.extract_tb(trace)[-6:]
+    ]
+    return f"{kind.__name__ if kind else 'unknown'}@{'<'.join(reversed(frames))}"
