@@ -307,18 +307,21 @@ def log_to_stderr() -> None:
 def log_rejections(path: Path) -> logging.Logger:
     """A logger for one JSON line per 422, in `path`, rotating; places and rules, never values."""
     logger = logging.Logger("validation")
-    try:
-        logger.addHandler(RejectionFile(path, maxBytes=1_000_000, backupCount=1, encoding="utf-8"))
-    except OSError as e:
-        log.warning("event=no_validation_log file=%s why=%s", path, json.dumps(e.strerror))
-        logger.addHandler(logging.NullHandler())
+    logger.addHandler(
+        RejectionFile(path, maxBytes=1_000_000, backupCount=1, encoding="utf-8", delay=True)
+    )
     return logger
 
 
 class RejectionFile(logging.handlers.RotatingFileHandler):
-    """A log file that may become unwritable: one warning, and the request goes on."""
+    """Opens its file for each line, of which there are few; a failure is one warning."""
 
     warned = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append one line."""
+        super().emit(record)
+        self.close()
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Say it once instead of printing a traceback with every line."""

@@ -1,0 +1,334 @@
+"""The contract: every example of the reference, as printed there, and the error envelope."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import requests
+import responses
+from conftest import ROOT, LocalClient, settings_for, small_routes
+from responses import matchers
+from upstream import Upstream, answer_body, error
+
+import router as module
+
+
+@pytest.fixture
+def shipped(tmp_path, upstream: Upstream):
+    """The project's own routes.json, with a local upstream and keywords only."""
+    raw = json.loads((ROOT / "routes.json").read_text())
+    raw["routing_mode"] = "keywords"
+    raw["upstreams"] = {"local": {"base_url": upstream.url, "api_key_env": "TEST_API_KEY"}}
+    path = tmp_path / "routes.json"
+    path.write_text(json.dumps(raw))
+    return LocalClient(module.create_app(settings_for(path)))
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/chat/completions"])
+def test_reference_chat_example(shipped, path):
+    body = {
+        "model": "router",
+        "messages": [{"role": "user", "content": "Hello"}],
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "temperature": 0.7,
+    }
+
+    answer = shipped.post(path, body)
+
+    assert answer.status_code == 200
+    assert {"id", "model", "choices", "usage"} <= answer.json.keys()
+    assert answer.json["usage"]["prompt_tokens"] == 10
+    assert answer.headers["X-Router-Category"] == "tools"
+
+
+def test_reference_health_example(shipped):
+    health = shipped.get("/health").json
+
+    assert list(health)[:5] == ["status", "service", "version", "routing_mode", "categories"]
+    assert health["status"] == "healthy"
+    assert health["service"] == "llm-router"
+    assert health["version"] == "0.4.0"
+    assert health["categories"] == ["tools", "code", "reasoning", "conversation"]
+
+
+def test_reference_metrics_example(shipped):
+    shipped.chat("write a python function")
+    shipped.chat("hello")
+
+    figures = shipped.get("/metrics").json
+
+    wanted = {
+        "requests", "avg_latency_ms", "total_cost_usd", "model_distribution",
+        "category_distribution", "routing_mode_distribution", "circuit_breaker", "recent_requests",
+    }  # fmt: skip
+    assert wanted <= figures.keys()
+    assert figures["requests"]["total"] == 2
+    assert figures["model_distribution"] == {"glm-5": 1, "gpt-4o-mini": 1}
+    assert figures["category_distribution"] == {"code": 1, "conversation": 1}
+    assert figures["routing_mode_distribution"] == {"keywords": 2}
+    assert figures["circuit_breaker"] == {
+        "failures": {},
+        "open_circuits": {},
+        "config": {"failure_threshold": 3, "recovery_timeout_sec": 300},
+    }
+    assert len(figures["recent_requests"]) == 2
+
+
+def test_reference_config_example(shipped):
+    config = shipped.get("/config").json
+
+    assert list(config)[:5] == [
+        "routing_mode", "ollama", "model_mappings", "keywords", "model_costs",
+    ]  # fmt: skip
+    assert config["ollama"]["model"] == "qwen2.5:0.5b"
+    assert config["model_mappings"]["code"][0] == "z-ai/glm-5"
+    assert config["model_costs"]["z-ai/glm-5"] == {"input": 1.0, "output": 3.2}
+
+
+def test_reference_category_example(shipped):
+    body = {
+        "name": "creative",
+        "models": ["moonshotai/kimi-k2.5"],
+        "keywords": ["story", "poem"],
+        "description": "Creative writing",
+    }
+
+    answer = shipped.post("/config/category", body)
+
+    assert answer.status_code == 200
+    assert answer.json["status"] == "ok"
+    assert answer.json["category"] == "creative"
+    assert answer.json["models"] == ["moonshotai/kimi-k2.5"]
+    assert "creative" in shipped.get("/health").json["categories"]
+
+
+def test_reference_model_mapping_example_takes_short_names(shipped):
+    body = {"category": "code", "models": ["glm-5", "kimi-k2.5", "gpt-4o-mini"]}
+
+    answer = shipped.post("/config/model-mapping", body)
+
+    assert answer.status_code == 200
+    full = ["z-ai/glm-5", "moonshotai/kimi-k2.5", "openai/gpt-4o-mini"]
+    assert answer.json["models"] == full
+    assert shipped.get("/config").json["model_mappings"]["code"] == full
+
+
+def test_reference_delete_example(shipped):
+    shipped.post("/config/category", {"name": "creative", "models": ["glm-5"]})
+
+    answer = shipped.open("DELETE", "/config/category/creative")
+
+    assert answer.status_code == 200
+    assert "creative" not in shipped.get("/health").json["categories"]
+
+
+@pytest.mark.parametrize("name", ["moonshotai/kimi-k2.5", "kimi-k2.5"])
+def test_reference_reset_example_needs_no_body(shipped, name):
+    answer = shipped.post(f"/circuit-breaker/reset/{name}")
+
+    assert answer.status_code == 200
+    assert answer.json == {"status": "ok", "model": "moonshotai/kimi-k2.5"}
+
+
+def test_reference_reset_all_example_needs_no_body(shipped):
+    answer = shipped.post("/circuit-breaker/reset-all")
+
+    assert answer.json == {"status": "ok"}
+
+
+def test_reference_error_422_is_in_validation_errors_log(shipped, tmp_path):
+    answer = shipped.post("/v1/chat/completions", {"model": "router", "messages": "secret words"})
+
+    line = json.loads((tmp_path / "validation_errors.log").read_text().splitlines()[-1])
+    assert answer.status_code == 422
+    assert answer.json["detail"] == [{"loc": ["body", "messages"], "msg": "should be array"}]
+    assert line["path"] == "/v1/chat/completions"
+    assert line["request_id"] == answer.headers["X-Request-Id"]
+    assert line["msg"] == "should be array"
+    assert "secret words" not in json.dumps(line)
+
+
+def test_reference_error_500_when_all_models_failed(shipped, upstream):
+    upstream.default = error(503)
+
+    answer = shipped.chat()
+
+    assert answer.status_code == 500
+    assert answer.json["error"]["code"] == "all_models_failed"
+    assert [a["outcome"] for a in answer.json["error"]["attempts"]] == ["server_error"] * 3
+
+
+def test_reference_error_503_names_the_variable_of_a_missing_key(routes):
+    app = module.create_app(module.Settings.from_env({"ROUTER_ROUTES": str(routes)}))
+
+    answer = LocalClient(app).chat()
+
+    assert answer.status_code == 503
+    assert "TEST_API_KEY" in answer.json["error"]["message"]
+    assert int(answer.headers["Retry-After"]) <= 30
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nowhere", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("OPTIONS", "/health", 405),
+        ("GET", "/v1/models/acme/none", 404),
+        ("POST", "/circuit-breaker/reset/nobody", 404),
+        ("DELETE", "/config/category/nobody", 404),
+        ("POST", "/v1//chat/completions", 404),
+    ],
+)
+def test_every_refusal_has_the_envelope(client, method, path, status):
+    answer = client.open(method, path)
+
+    assert answer.status_code == status
+    assert answer.json["error"].keys() >= {"message", "type", "param", "code"}
+
+
+def test_a_method_not_allowed_says_which_are(client):
+    assert "POST" in client.get("/chat/completions").headers["Allow"]
+
+
+@pytest.mark.parametrize(
+    ("data", "content_type", "status"),
+    [
+        (b'{"messages": []}', "text/plain", 415),
+        (b"a=b", "application/x-www-form-urlencoded", 415),
+        (b"{", "application/json", 400),
+        (b"[]", "application/json", 400),
+        (b"", "application/json", 400),
+        (b'{"messages": [{"role": "user", "content": "\xff"}]}', "application/json", 400),
+        (b'{"temperature": NaN}', "application/json", 400),
+        (b'{"n": ' + b"9" * 5000 + b"}", "application/json", 400),
+        (b'{"a": ' + b"[" * 70 + b"]" * 70 + b"}", "application/json", 400),
+        (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "application/json", 400),
+        (b'{"messages": []}', "application/json", 422),
+        (b'{"messages": [{"role": "user"}], "stream": "yes"}', "application/json", 422),
+        (b'{"messages": [1]}', "application/json", 422),
+        (b'{"messages": [{"role": "user", "content": 5}]}', "application/json", 422),
+        (b'{"messages": [{"content": "no role"}]}', "application/json", 422),
+        (b'{"messages": [{"role": "user"}], "model": 7}', "application/json", 422),
+        (b'{"messages": [{"role": "user"}], "tools": {}}', "application/json", 422),
+        (b'{"messages": [{"role": "user"}], "stream_options": []}', "application/json", 422),
+    ],
+)
+def test_a_bad_body_is_a_4xx_with_the_envelope(client, data, content_type, status):
+    answer = client.flask.post("/v1/chat/completions", data=data, content_type=content_type)
+
+    assert answer.status_code == status
+    assert answer.json["error"]["message"]
+    assert (status == 422) == ("detail" in answer.json)
+
+
+def test_a_body_over_the_limit_is_a_413(routes):
+    app = module.create_app(settings_for(routes, ROUTER_MAX_BODY_MB="1"))
+
+    answer = LocalClient(app).chat("x" * 1_100_000)
+
+    assert answer.status_code == 413
+    assert "ROUTER_MAX_BODY_MB" in answer.json["error"]["message"]
+
+
+def test_a_lone_surrogate_in_the_history_is_passed_on(client, upstream):
+    data = b'{"messages": [{"role": "user", "content": "\\ud83d hello"}]}'
+
+    answer = client.flask.post("/v1/chat/completions", data=data, content_type="application/json")
+
+    assert answer.status_code == 200
+    assert b"\\ud83d hello" in upstream.requests[-1].raw
+
+
+def test_a_bug_of_ours_is_a_500_that_blames_no_model(client, monkeypatch):
+    monkeypatch.setattr(client.app.extensions["router"].upstreams, "open", None)
+
+    answer = client.chat()
+
+    assert answer.status_code == 500
+    assert answer.json["error"]["code"] == "internal_error"
+    assert client.get("/metrics").json["circuit_breaker"]["failures"] == {}
+
+
+def test_chat_answers_explain_themselves(client):
+    headers = client.chat("please refactor this").headers
+
+    assert headers["X-Router-Category"] == "code"
+    assert headers["X-Router-Mode"] == "keywords"
+    assert headers["X-Router-Reason"] == "refactor*"
+    assert headers["X-Router-Model"] == "acme/one"
+    assert headers["X-Router-Attempts"] == "1"
+    assert headers["X-Router-Cost-Usd"] == "0.00005000"
+    assert headers["X-Router-Cost-Source"] == "routes.json"
+    assert len(headers["X-Request-Id"]) == 16
+
+
+@pytest.mark.parametrize(
+    ("model", "category", "first"),
+    [
+        ("router/code", "code", "acme/one"),
+        ("code", "code", "acme/one"),
+        ("acme/two", "explicit", "acme/two"),
+        ("two", "explicit", "acme/two"),
+    ],
+)
+def test_an_explicit_model_or_category_is_taken(client, upstream, model, category, first):
+    answer = client.chat(model=model)
+
+    assert answer.headers["X-Router-Category"] == category
+    assert answer.headers["X-Router-Mode"] == "explicit"
+    assert upstream.models_asked() == [first]
+
+
+def test_any_other_model_counts_as_router_and_says_so(client):
+    answer = client.chat(model="gpt-99")
+
+    assert answer.status_code == 200
+    assert answer.headers["X-Router-Model-Ignored"] == "gpt-99"
+
+
+def test_an_unknown_category_is_a_404(client):
+    answer = client.chat(model="router/none")
+
+    assert answer.status_code == 404
+    assert answer.json["error"]["code"] == "model_not_found"
+
+
+@responses.activate
+def test_one_call_goes_to_the_base_url_with_the_key(tmp_path):
+    path = tmp_path / "routes.json"
+    path.write_text(json.dumps(small_routes("https://api.example.com/v1")))
+    wanted = {"Authorization": "Bearer test-key-that-must-never-show"}
+    responses.post(
+        "https://api.example.com/v1/chat/completions",
+        json=answer_body("from afar"),
+        match=[matchers.header_matcher(wanted)],
+    )
+    client = LocalClient(module.create_app(settings_for(path), session=requests.Session()))
+
+    answer = client.chat()
+
+    assert answer.json["choices"][0]["message"]["content"] == "from afar"
+
+
+def test_importing_the_module_starts_nothing():
+    code = (
+        "import threading, os; os.environ.clear(); before = set(os.listdir('.')); import router;"
+        "assert threading.active_count() == 1 and set(os.listdir('.')) <= before | {'__pycache__'}"
+    )
+
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=20)
+
+
+def test_readiness_needs_a_model_with_its_key(client, routes):
+    without = module.create_app(module.Settings.from_env({"ROUTER_ROUTES": str(routes)}))
+
+    assert client.get("/health/ready").status_code == 200
+    assert LocalClient(without).get("/health/ready").status_code == 503
+
+
+def test_index_points_a_program_to_the_routes(client):
+    assert client.get("/").json["chat"] == "/v1/chat/completions"
