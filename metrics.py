@@ -226,8 +226,6 @@ class Metrics:
         }
         labels = table.labels()
         models = sorted({key[1] for key in counts if key[0] == "attempt"})
-        tokens = {kind: sum(n for k, n in counts.items() if k[0] == "tokens" and k[2] == kind)
-                  for kind in ("input", "output", "cached", "reasoning")}  # fmt: skip
         return {
             "requests": {"total": requests["success"] + requests["failed"], **requests},
             "avg_latency_ms": _average_ms("latency", requests["success"], sums),
@@ -237,7 +235,7 @@ class Metrics:
             "routing_mode_distribution": dict(_column("mode", counts)),
             "unpriced_requests": sum(n for _, n in _column("unpriced", counts)),
             "spent_today_usd": round(self.spent_today_usd(), 10),
-            "tokens": tokens,
+            "tokens": _tokens_in_all(counts),
             "models": {
                 id_: _model_figures(id_, counts, sums, latencies.get(id_)) for id_ in models
             },
@@ -251,6 +249,14 @@ class Metrics:
 
 def _today() -> str:
     return time.strftime("%Y-%m-%d", time.gmtime())
+
+
+def _tokens_in_all(counts: Mapping[Key, int]) -> dict[str, int]:
+    totals = dict.fromkeys(("input", "output", "cached", "reasoning"), 0)
+    for key, n in counts.items():
+        if key[0] == "tokens":
+            totals[key[2]] += n
+    return totals
 
 
 def _column(name: str, counts: Mapping[Key, int]) -> list[tuple[str, int]]:

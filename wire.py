@@ -200,6 +200,7 @@ class _Noted:
         return sock
 
     def request(self, *args: Any, **kwargs: Any) -> None:
+        """Send a request for the flight of this thread."""
         self.flight = getattr(_current, "flight", None)
         if self.flight:
             self.flight.attach(self.sock)
@@ -207,12 +208,14 @@ class _Noted:
         super().request(*args, **kwargs)  # type: ignore[misc]
 
     def close(self) -> None:
+        """Close, and let no flight shut down what the system may give to somebody else."""
         if self.flight:
             self.flight.detach()
         self.drop_copy()
         super().close()  # type: ignore[misc]
 
     def drop_copy(self) -> None:
+        """The descriptor that stood in for the socket while TLS was shaking hands."""
         copy = self.__dict__.pop("copy", None)
         if copy is not None:
             copy.close()
@@ -249,10 +252,12 @@ class Adapter(HTTPAdapter):
     """requests' adapter with connections that a flight can shut down."""
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        """Pools of our connections."""
         super().init_poolmanager(*args, **kwargs)
         self.poolmanager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
 
     def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
+        """The same through a proxy."""
         manager = super().proxy_manager_for(proxy, **kwargs)
         manager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
         return manager

@@ -11,7 +11,16 @@ import pytest
 import requests
 from conftest import KEY, Service, small_routes
 from upstream import (
-    DONE, Upstream, answer_body, chunk, error, events, pieces, plain, stream, whole,
+    DONE,
+    Upstream,
+    answer_body,
+    chunk,
+    error,
+    events,
+    pieces,
+    plain,
+    stream,
+    whole,
 )  # fmt: skip
 
 
@@ -99,7 +108,8 @@ def test_a_failed_chain_is_not_walked_again_by_the_sdk(sdk, upstream):
 
 def test_the_body_goes_upstream_as_it_came_with_only_the_model_changed(service, upstream):
     body = (
-        '{"model" : "router",\n "messages":[{"role":"user","content":[{"type":"text","text":"hé"}]},'
+        '{"model" : "router",\n "messages":[{"role":"user",'
+        '"content":[{"type":"text","text":"hé"}]},'
         '{"role":"assistant","content":null,"reasoning_content":"r","tool_calls":[]}],'
         '"max_completion_tokens":5, "seed": 123456789012345678901234567890, "temperature":1.10,'
         '"x_unknown":{"a":[1,2]}, "metadata":{"model":"keep me"}}'
@@ -126,7 +136,9 @@ def test_only_our_own_headers_go_upstream(service, upstream):
 
 
 def test_a_whole_answer_goes_back_as_the_bytes_that_came(service, upstream):
-    body = b'{"choices" : [{"message":{"content":"x"}, "n": 1.10}],\n "big":12345678901234567890123}'
+    body = (
+        b'{"choices" : [{"message":{"content":"x"}, "n": 1.10}],\n "big":12345678901234567890123}'
+    )
     upstream.default = plain(200, body)
 
     assert service.chat().content == body
@@ -181,7 +193,10 @@ def test_two_hundred_parallel_streams_arrive_whole(upstream: Upstream, tmp_path)
 @pytest.mark.parametrize(
     ("request_bytes", "status"),
     [
-        (b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\n", 400),
+        (
+            b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\n",
+            400,
+        ),
         (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: a\0b\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 100_000 + b"\r\n\r\n", 431),
         (b"NONSENSE\r\n\r\n", 400),
@@ -197,7 +212,9 @@ def test_what_gunicorn_refuses_is_json_too(service, request_bytes, status):
 
 def test_a_taken_port_is_said_in_a_sentence(service, tmp_path):
     with pytest.raises(AssertionError, match="ROUTER_BIND"):
-        Service(tmp_path, small_routes("http://127.0.0.1:1"), ROUTER_BIND=f"127.0.0.1:{service.port}")
+        Service(
+            tmp_path, small_routes("http://127.0.0.1:1"), ROUTER_BIND=f"127.0.0.1:{service.port}"
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,110 @@
+"""Reading a request: the body is checked at the door and passed on as it came."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import router as module
+from routes_file import depth_of, scan_object
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+
+
+def chat_of(text: str) -> module.Chat:
+    _, body, members = module.parse_object(text.encode())
+    return module.Chat(text, body, members)
+
+
+@given(st.dictionaries(st.text(max_size=5), JSON, max_size=5), st.sampled_from([None, 1]))
+def test_scan_object_reads_what_json_reads(value, indent):
+    text = json.dumps(value, indent=indent)
+
+    found, members, end = scan_object(text)
+
+    assert found == value
+    assert end == len(text)
+    assert {text[m.value : m.end] for m in members} == {
+        text[m.value : m.end] for m in members if json.loads(text[m.value : m.end]) == value[m.key]
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ('{"model":"router","a":1}', '{"model":"m","a":1}'),
+        ('{"a":1}', '{"model": "m", "a":1}'),
+        ('{ "model" : "x", "b":{"model":"y"}, "model":"z"}',
+         '{ "model" : "m", "b":{"model":"y"}, "model":"m"}'),
+        ('{"mod\\u0065l":"x"}', '{"mod\\u0065l":"m"}'),
+    ],
+)  # fmt: skip
+def test_only_the_model_is_replaced(text, wanted):
+    assert chat_of(text).for_model("m").decode() == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ("", '"stream_options": {"include_usage": true}'),
+        (', "stream_options": null', '"stream_options": {"include_usage": true}'),
+        (', "stream_options": {"x": 1}', '"stream_options": {"x": 1, "include_usage": true}'),
+    ],
+)
+def test_usage_is_asked_for_in_every_stream(options, wanted):
+    body = chat_of('{"model":"a","stream":true' + options + "}").for_model("m").decode()
+
+    assert wanted in body
+    assert json.loads(body)["stream_options"]["include_usage"] is True
+
+
+def test_depth_counts_every_level():
+    assert depth_of({"a": [{"b": []}]}) == 4
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a":1}x', '{"a":1} {"b":2}', "  ", "null", '{"a":1,}', '{"a" 1}']
+)
+def test_what_is_no_object_is_a_400(text):
+    with pytest.raises(module.RouterError) as caught:
+        module.parse_object(text.encode())
+
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("context", "longer"), [(100, True), (10_000, False), (126, True), (None, False)]
+)
+def test_a_prompt_is_too_long_only_when_it_surely_is(context, longer):
+    chat = chat_of(json.dumps({"messages": [{"role": "user", "content": "x" * 1000}]}))
+
+    assert (context is not None and chat.is_longer_than(context)) is longer
+
+
+def test_an_image_is_not_counted_as_text():
+    url = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 50_000}}
+    chat = chat_of(json.dumps({"messages": [{"role": "user", "content": [url]}]}))
+
+    assert chat.wants_images
+    assert not chat.is_longer_than(100)
+
+
+@pytest.mark.parametrize(
+    "secret",
+    ["sk-or-v1-abcdefgh12345", "Bearer abc.def", "AIzaSyA1234567890123456789012", "known-secret"],
+)
+def test_scrub_masks_keys(secret):
+    assert secret not in module.scrub(f"bad key {secret}\n", ["known-secret"])
