@@ -9,6 +9,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import requests
 
 from routes_file import RoutesError, Store, Table, Upstream, load_table
 from wire import is_loopback
@@ -75,6 +78,13 @@ class Settings:
         return bool(self.api_key and self.admin_token) or self.allow_open
 
     @property
+    def url(self) -> str:
+        """Where this machine reaches the service."""
+        host, port = self.address
+        host = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    @property
     def address(self) -> tuple[str, int]:
         """Host and port of `bind`; SettingsError when it is not HOST:PORT."""
         host, _, port = self.bind.rpartition(":")
@@ -123,13 +133,16 @@ def main(argv: list[str] | None = None) -> int:
     check.add_argument(
         "--banner", action="store_true", help="say what the service will be, and where"
     )
+    route = commands.add_parser("route", help="say where a text would go and why")
+    route.add_argument("text")
+    route.add_argument("--json", action="store_true", help="print what POST /route answers")
     args = parser.parse_args(argv)
     try:
-        return (
-            run_serve(args.or_demo)
-            if args.command == "serve"
-            else run_check(args.file, args.banner)
-        )
+        if args.command == "serve":
+            return run_serve(args.or_demo)
+        if args.command == "route":
+            return run_route(args.text, args.json)
+        return run_check(args.file, args.banner)
     except (SettingsError, RoutesError) as e:
         sys.stderr.write("".join(f"router: {line}\n" for line in str(e).splitlines()))
         return 1
@@ -167,6 +180,47 @@ def table_for_start(settings: Settings) -> Table:
     return store.table
 
 
+def run_route(text: str, as_json: bool) -> int:
+    """Print the dry run of `text`: by the running service, else here with circuits unknown."""
+    read_dotenv(HERE / ".env")
+    settings = Settings.from_env(os.environ)
+    headers = {"Authorization": f"Bearer {settings.api_key or settings.admin_token}"}
+    try:
+        reply = requests.post(
+            f"{settings.url}/route", json={"text": text}, headers=headers, timeout=10
+        )
+        status, found = reply.status_code, reply.json()
+    except (requests.RequestException, ValueError):
+        from router import create_app  # late: router imports this module
+
+        answer = (
+            create_app(settings).test_client().post("/route", json={"text": text}, headers=headers)
+        )
+        status, found = answer.status_code, json.loads(answer.data)
+        for model in found.get("chain", ()):
+            model["circuit"] = "unknown"
+    if as_json:
+        sys.stdout.write(json.dumps(found, ensure_ascii=False, indent=2) + "\n")
+    elif status != 200:
+        sys.stderr.write(f"router: {found['error']['message']}\n")
+    else:
+        sys.stdout.write(route_text(found))
+    return 0 if status == 200 else 1
+
+
+def route_text(found: Mapping[str, Any]) -> str:
+    """The dry run for a person."""
+    words = ", ".join(f"{w['word']} {w['weight']:g}" for w in found["words"])
+    lines = [
+        f"category  {found['category']}", f"mode      {found['mode']}",
+        f"reason    {found['reason']}", f"margin    {found['margin']}", f"words     {words or '-'}",
+    ]  # fmt: skip
+    for n, model in enumerate(found["chain"], 1):
+        passed = f", passed over: {model['passed_over']}" if model["passed_over"] else ""
+        lines.append(f"{n:8d}. {model['model']}  circuit {model['circuit']}{passed}")
+    return "\n".join(lines) + "\n"
+
+
 def without_key(settings: Settings, table: Table) -> list[Upstream]:
     """The upstreams that need a key and have none."""
     needy = [upstream for upstream in table.upstreams.values() if upstream.api_key_env]
@@ -198,8 +252,7 @@ def run_check(file: str | None, banner: bool) -> int:
 
 def print_banner(settings: Settings, table: Table) -> None:
     """What a person needs to know when the service starts."""
-    host, port = settings.address
-    base = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"  # noqa: S104
+    base = settings.url
     upstreams = ", ".join(f"{u.name} ({u.base_url})" for u in table.upstreams.values())
     if settings.demo:
         upstreams = "DEMO: no key found, answers are made up here; set " + " or ".join(

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import requests
+from service import KEY, ROOT, Service, free_port, small_routes
 from upstream import Upstream
 
 import router as module
 
-ROOT = Path(__file__).resolve().parent.parent
-KEY = "test-key-that-must-never-show"
+__all__ = ["KEY", "ROOT", "Service", "free_port", "small_routes"]  # for the test files
 PROGRAMS = {
     "nginx": "nginx",
     "redis": "redis-server",
@@ -76,33 +70,6 @@ def upstream(shared_upstream: Upstream) -> Upstream:
     return shared_upstream
 
 
-def small_routes(url: str, **changes: Any) -> dict[str, Any]:
-    """A routes file with two models per chain and limits short enough for tests."""
-    chain = ["acme/one", "acme/two"]
-    routes: dict[str, Any] = {
-        "routing_mode": "keywords",
-        "default_category": "conversation",
-        "circuit_breaker": {
-            "failure_threshold": 3,
-            "recovery_timeout_sec": 300,
-            "first_retry_sec": 5,
-        },
-        "timeouts_sec": {"connect": 2, "first_token": 1, "idle": 1, "answer": 1, "total": 8},
-        "upstreams": {"local": {"base_url": url, "api_key_env": "TEST_API_KEY"}},
-        "models": {
-            "acme/one": {"cost": {"input": 1.0, "output": 2.0, "cached_input": 0.5}},
-            "acme/two": {"cost": {"input": 10.0, "output": 20.0}},
-        },
-        "categories": {
-            "tools": {"models": chain, "keywords": ["turn on*", "remind me"]},
-            "code": {"models": chain, "keywords": ["python", "refactor*"]},
-            "reasoning": {"models": chain, "keywords": ["prove", "why"]},
-            "conversation": {"models": chain, "keywords": ["hello"]},
-        },
-    }
-    return {**routes, **changes}
-
-
 @pytest.fixture
 def routes(tmp_path: Path, upstream: Upstream) -> Path:
     path = tmp_path / "routes.json"
@@ -144,77 +111,6 @@ class LocalClient:
         headers = more.pop("headers", None)
         body = {"model": "router", "messages": [{"role": "user", "content": text}], **more}
         return self.post("/v1/chat/completions", body, headers=headers)
-
-
-class Service:
-    """A real gunicorn with the project's own gunicorn.conf.py, on a port of the system's choice."""
-
-    def __init__(self, folder: Path, routes: dict[str, Any] | None, **env: str):
-        self.folder = folder
-        self.routes = folder / "routes.json"
-        if routes is not None:
-            self.routes.write_text(json.dumps(routes, indent=2))
-        self.port = free_port()
-        self.base = f"http://127.0.0.1:{self.port}"
-        self.log = folder / "log.txt"
-        clean = {
-            k: v
-            for k, v in os.environ.items()
-            if not k.startswith("ROUTER_") and k != "OPENROUTER_API_KEY"
-        }
-        self.env = {**clean, "ROUTER_ROUTES": str(self.routes),
-                    "ROUTER_BIND": f"127.0.0.1:{self.port}",
-                    "TEST_API_KEY": KEY, **env}  # fmt: skip
-        self.start()
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "gunicorn", "-c", "gunicorn.conf.py", "wsgi:app"]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=self.env, stdout=log, stderr=log)
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                requests.get(self.base + "/health", timeout=2)
-                return
-            except requests.ConnectionError:
-                time.sleep(0.02)
-        raise AssertionError(f"did not start: {self.log.read_text()}")
-
-    def stop(self) -> int:
-        if self.process.poll() is None:
-            self.process.terminate()
-        return self.process.wait(30)
-
-    def post(self, path: str, body: Any = None, **kwargs: Any) -> requests.Response:
-        return requests.post(self.base + path, json=body, timeout=30, **kwargs)
-
-    def get(self, path: str, **kwargs: Any) -> requests.Response:
-        return requests.get(self.base + path, timeout=30, **kwargs)
-
-    def chat(self, text: str = "hello", **more: Any) -> requests.Response:
-        headers = more.pop("headers", None)
-        body = {"model": "router", "messages": [{"role": "user", "content": text}], **more}
-        return self.post(
-            "/v1/chat/completions", body, headers=headers, stream=bool(more.get("stream"))
-        )
-
-    def raw(self, data: bytes, timeout: float = 5.0) -> bytes:
-        """Send bytes, read until the service closes or goes silent."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=timeout) as sock:
-            sock.sendall(data)
-            out = b""
-            try:
-                while more := sock.recv(65536):
-                    out += more
-            except (TimeoutError, ConnectionResetError):
-                pass
-        return out
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="session")
