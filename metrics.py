@@ -131,7 +131,7 @@ class Record:
         tokens = token_counts(last.usage if last else {})
         first_ms = None if self.first_token_s is None else round(self.first_token_s * 1000, 2)
         return {
-            "time": now_text(), "id": self.id, "outcome": self.counted_as, "status": self.status,
+            "id": self.id, "outcome": self.counted_as, "status": self.status,
             "category": self.category, "mode": self.mode, "reason": self.reason,
             "model": last.model.id if last else None, "attempts": self.tries(),
             "stream": self.stream,
@@ -163,7 +163,8 @@ class Metrics:
 
     def record(self, call: Record) -> None:
         """Book one request. Only labels of the configuration become keys."""
-        entry, outcome, today = call.summary(), call.counted_as, _today()
+        entry = {"time": now_text(), **call.summary()}
+        outcome, today = call.counted_as, _today()
         with self._lock:
             self._counts["requests", outcome] += 1
             self._observe("choose", call.mode, call.choose_s, FINE_BUCKETS_S)
@@ -287,12 +288,35 @@ def _model_figures(id_: str, counts: Mapping[Key, int], sums: Mapping[Key, float
     }
 
 
-def logfmt(entry: Mapping[str, Any]) -> str:
-    """key=value pairs; values with spaces or control characters are quoted and escaped."""
-    return " ".join(f"{k}={_logfmt_value(v)}" for k, v in entry.items() if v not in (None, "", []))
+class EventFormatter(logging.Formatter):
+    """Log records as one line of logfmt or JSON: `log.info("event", {"key": value})`.
+
+    Values with spaces or control characters are quoted and escaped, so that nothing from outside
+    can begin a line of its own.
+    """
+
+    def __init__(self, as_json: bool):
+        super().__init__()
+        self._as_json = as_json
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line for `record`."""
+        fields = record.args if isinstance(record.args, dict) else {}
+        entry = {
+            "time": now_text(),
+            "level": record.levelname.lower(),
+            "event": record.msg if fields else record.getMessage(),
+            **fields,
+        }
+        if self._as_json:
+            return json.dumps(entry)
+        return " ".join(
+            f"{k}={logfmt_value(v)}" for k, v in entry.items() if v not in (None, "", [])
+        )
 
 
-def _logfmt_value(value: Any) -> str:
+def logfmt_value(value: Any) -> str:
+    """One value; attempts as model:outcome, booleans as JSON has them."""
     if isinstance(value, list):
         value = ",".join(f"{item['model']}:{item['outcome']}" for item in value)
     text = str(value).lower() if isinstance(value, bool) else str(value)
@@ -300,13 +324,14 @@ def _logfmt_value(value: Any) -> str:
     return text if plain else json.dumps(text)
 
 
-def log_to_stderr() -> None:
-    """One line per event on stderr, in UTC."""
-    if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("level=%(levelname)s %(message)s"))
-        log.addHandler(handler)
-        log.propagate = False
+def log_to_stderr(log_format: str) -> None:
+    """One line per event on stderr; again with another format for another app in a process."""
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+    handler = logging.StreamHandler()
+    handler.setFormatter(EventFormatter(log_format == "json"))
+    log.addHandler(handler)
+    log.propagate = False
     log.setLevel(logging.INFO)
 
 
@@ -333,4 +358,4 @@ class RejectionFile(logging.handlers.RotatingFileHandler):
         """Say it once instead of printing a traceback with every line."""
         if not self.warned:
             self.warned = True
-            log.warning("event=validation_log_unwritable file=%s", self.baseFilename)
+            log.warning("validation_log_unwritable", {"file": self.baseFilename})

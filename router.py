@@ -51,7 +51,7 @@ from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
 
 from judge import VERDICTS, check_head, failure_from
-from metrics import Attempt, Metrics, Record, log_rejections, log_to_stderr, logfmt
+from metrics import Attempt, Metrics, Record, log_rejections, log_to_stderr
 from prompts import (
     LOOK_BACK,
     POINTERS,
@@ -356,7 +356,7 @@ class Breakers:
                 circuit.is_open, circuit.lease, circuit.strikes = False, 0.0, int(threshold) - 1
                 ticket.probe = False
         if closes:
-            log.info("event=circuit_closed model=%s", ticket.model)
+            log.info("circuit_closed", {"model": ticket.model})
 
     def settle(self, ticket: Ticket, verdict: str, config: Mapping[str, float], reason: str = "",
                status: int | None = None, retry_after_s: float | None = None) -> None:  # fmt: skip
@@ -381,9 +381,8 @@ class Breakers:
                 circuit.reason, circuit.last_status = reason, status
                 opened = self._strike(circuit, now, config, retry_after_s)
         if opened:
-            log.warning(
-                "event=circuit_opened model=%s reason=%s status=%s", ticket.model, reason, status
-            )
+            told = {"model": ticket.model, "reason": reason, "status": status}
+            log.warning("circuit_opened", told)
 
     def _strike(self, circuit: Circuit, now: float, config: Mapping[str, float],
                 retry_after_s: float | None) -> bool:  # fmt: skip
@@ -409,7 +408,7 @@ class Breakers:
             chosen = list(self._circuits) if models is None else list(models)
             for model in chosen:  # results in the air point at a circuit nobody reads any more
                 self._circuits.pop(model, None)
-        log.info("event=circuits_reset models=%s", ",".join(chosen))
+        log.info("circuits_reset", {"models": ",".join(chosen)})
 
     def keep_only(self, models: Iterable[str]) -> None:
         """Drop circuits of models that are in no chain any more, once nothing is in the air."""
@@ -998,7 +997,7 @@ class Relay:
         except Failure as e:
             failure = e
         except Exception:  # noqa: BLE001  a bug of ours, but the client must learn that the answer is not whole
-            log.error("event=internal_error where=%s", where_it_broke())
+            log.error("internal_error", {"where": where_it_broke()})
             failure = Failure("internal_error")
         yield from self._end(failure)
 
@@ -1252,7 +1251,7 @@ class Router:
             self.flights.land(call.flight)
             call.seconds = self.clock() - call.started
             self.metrics.record(call)
-            log.info("event=request %s", logfmt(call.summary()))
+            log.info("request", call.summary())
 
 
 def _still_worth_trying(queue: list[Model], model: Model, failures: list[Failure]) -> list[Model]:
@@ -1566,7 +1565,7 @@ def create_app(settings: Settings | None = None, *, session: requests.Session | 
                clock: Callable[[], float] = time.monotonic) -> flask.Flask:  # fmt: skip
     """The WSGI application. RoutesError or SettingsError when it cannot serve."""
     settings = settings or Settings.from_env(os.environ)
-    log_to_stderr()
+    log_to_stderr(settings.log_format)
     session = session or new_session(settings.threads)
     if settings.demo:
         import demo  # only here: a router with a key never loads it
@@ -1636,7 +1635,7 @@ def translated(e: Exception) -> RouterError:
         detail = [{"loc": ["body"], "msg": str(e)}] if e.status == 422 else None
         return RouterError(e.status, e.kind, str(e), detail=detail)
     if not isinstance(e, HTTPException):
-        log.error("event=internal_error where=%s", where_it_broke())
+        log.error("internal_error", {"where": where_it_broke()})
         return RouterError(500, "internal_error", "the router has a bug; its log says where",
                            headers={"x-should-retry": "false"})  # fmt: skip
     known = {404: ("not_found", "there is no such route; GET / lists them"),

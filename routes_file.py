@@ -545,7 +545,7 @@ class Store:
             text = self._read()
             if text != self._table.text or self.error:
                 self._table = self._accept(text)
-                log.info("event=routes_loaded version=%s", self._table.etag)
+                log.info("routes_loaded", {"version": self._table.etag})
             self._seen = seen
         except OSError as e:
             self._complain(RoutesError(f"cannot be read: {e.strerror}"))
@@ -574,7 +574,7 @@ class Store:
         if str(bad) != self.error:
             self.error, self.error_since = str(bad), now_text()
             log.error(
-                "event=routes_bad file=%s serving=last_good why=%s", self.path, json.dumps(str(bad))
+                "routes_bad", {"file": self.path, "why": str(bad), "serving": "the last good"}
             )
 
     def change(self, edit: Callable[[Table], str], if_match: str | None = None) -> Table:

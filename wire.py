@@ -157,7 +157,7 @@ class Flights:
             try:
                 self.look()
             except Exception:  # noqa: BLE001  must outlive anything: without the watcher nothing ever ends
-                log.error("event=watcher_error where=%s", where_it_broke())
+                log.error("watcher_error", {"where": where_it_broke()})
 
     def look(self) -> None:
         """End every flight whose client left or whose deadline passed."""

@@ -1,0 +1,509 @@
+"""Choosing a category: the text of real clients' requests, keywords, context, tools, Ollama."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import KEY, ROOT, LocalClient, settings_for, small_routes
+from upstream import Upstream, hang, plain, raw, slow
+
+import router as module
+from prompts import Continuations, clean, user_texts
+
+CONTEXT = (
+    "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>\nnotes: python\n<<<END_OPENCLAW_INTERNAL_CONTEXT>>>"
+)
+STAMP = "[Sun 2026-11-22 20:58 UTC] "
+RUNTIME = "\n\nRuntime: agent=main | session=agent:main:main | sessionId=0 | shell=bash"
+META = '(untrusted metadata):\n```json\n{"sender": "python"}\n```'
+
+
+def user(content) -> dict:
+    return {"role": "user", "content": content}
+
+
+def first_text(*messages) -> str:
+    return next(user_texts(list(messages)), "")
+
+
+# --- the text ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        "turn on the lamp",
+        STAMP + "turn on the lamp",
+        STAMP + "turn on the lamp" + RUNTIME,
+        f"Conversation info {META}\n\nturn on the lamp",
+        f"Conversation info {META}\n\nSender {META}\n\nturn on the lamp",
+        f"turn on the lamp\n\nSender {META}",
+        "turn on the lamp\n\nConversation info ⟦openclaw:ctx⟧\n```json\n{}\n```",
+        "[Telegram Ana id:7 +5m 2026-01-01 10:00 UTC] turn on the lamp\n[message_id: 7]",
+        "[Chat messages since your last reply - for context]\nBob: python!\n\n"
+        "[Current message - respond to this]\nturn on the lamp",
+        "<system-reminder>use python</system-reminder>turn on the lamp",
+        f"{CONTEXT}\nturn on the lamp",
+        "turn on the lamp\n<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>> never closed python",
+    ],
+)
+def test_what_a_client_wraps_around_the_words_is_stripped(wrapped):
+    assert clean(wrapped) == "turn on the lamp"
+
+
+@pytest.mark.parametrize(
+    "text", ["[1,2,3] sort this", "[ERROR] disk full", "a [link](x) b", "Runtime error in x"]
+)
+def test_brackets_of_the_user_stay(text):
+    assert clean(text) == text
+
+
+def test_the_last_message_of_openclaw_is_not_the_users_text():
+    parts = [{"type": "text", "text": CONTEXT}]
+
+    assert first_text(user(STAMP + "hello"), user(parts)) == "hello"
+
+
+def test_a_tool_loop_keeps_the_category_of_its_turn(client):
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    loop = [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "why? hello, prove it"},
+        user([{"type": "text", "text": CONTEXT}]),
+    ]
+
+    before = client.chat(messages=[user("refactor this")])
+    after = client.chat(messages=[user("refactor this"), *loop])
+
+    assert before.headers["X-Router-Category"] == after.headers["X-Router-Category"] == "code"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, 5, {}, [], [None, 1, {"type": "text"}, {"type": "text", "text": 7}], "", "   "],
+)
+def test_a_message_without_text_is_passed_by(content):
+    assert first_text(user("hello"), user(content)) == "hello"
+
+
+@pytest.mark.parametrize("messages", [None, 5, "x", {}, [None, 1, "x", {}, {"role": 5}]])
+def test_junk_instead_of_messages_has_no_text(messages):
+    assert list(user_texts(messages)) == []
+
+
+def test_the_system_prompt_and_the_tools_are_never_read(client):
+    tools = [{"type": "function", "function": {"name": "python_refactor"}}] * 8
+
+    answer = client.chat(
+        messages=[{"role": "system", "content": "python"}, user("hello")], tools=tools
+    )
+
+    assert answer.headers["X-Router-Category"] == "conversation"
+
+
+def test_the_forwarded_body_is_untouched_by_stripping(client, upstream):
+    client.chat(STAMP + "hello" + RUNTIME)
+
+    assert upstream.requests[-1].body["messages"][0]["content"] == STAMP + "hello" + RUNTIME
+
+
+def test_no_text_at_all_is_the_default_category(client):
+    answer = client.chat(messages=[{"role": "system", "content": "x"}])
+
+    assert answer.headers["X-Router-Mode"] == "default"
+    assert answer.headers["X-Router-Category"] == "conversation"
+
+
+# --- keywords ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entry", "text", "matches"),
+    [
+        ("poem", "a poem please", True),
+        ("poem", "poems", False),
+        ("poem*", "two poems", True),
+        ("unit test", "write a unit test", True),
+        ("unit test", "the unit of a test", False),
+        ("unit test*", "unit testing", True),
+        ("Éléphant", "un ELEPHANT", True),
+        ("email", "lire l'email", True),
+        ("l'ecran", "l’écran est noir", True),
+        ("c++", "in C++ please", True),
+        ("c#", "my C# class", True),
+        (".net", "a .NET thing", True),
+        ("node.js", "with node.js", True),
+        ("go", "gopher", False),
+    ],
+)
+def test_keywords_match_whole_words_without_case_and_accents(entry, text, matches):
+    found = module.Keywords({"mine": [entry]}).match(text)
+
+    assert (found.category == "mine") is matches
+
+
+def test_a_weight_counts():
+    lists = {"one": ["alpha", "beta"], "two": ["gamma^3"]}
+
+    assert module.Keywords(lists).match("alpha beta gamma").category == "two"
+
+
+def test_a_users_category_beats_a_weak_built_in_hit_and_wins_ties():
+    lists = {"code": ["poem"], "haiku": ["poem"]}
+
+    assert module.Keywords(lists).match("a poem").category == "haiku"
+
+
+def test_the_reason_names_configured_entries_only(client):
+    reason = client.chat("please refactoring my secret words").headers["X-Router-Reason"]
+
+    assert reason == "refactor*"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a" * 50_000, " " * 50_000, "(" * 50_000, "[](){}" * 9_000, "😀" * 12_000, "漢字" * 25_000,
+     "مرحبا " * 9_000, "é" * 50_000, "ﷺ" * 50_000, "1 " * 25_000, "a.b" * 17_000, "`" * 50_000],
+    ids=lambda text: ascii(text[:4]),
+)  # fmt: skip
+def test_any_text_is_put_somewhere_without_an_error(text, shipped_keywords):
+    assert shipped_keywords.match(clean(text)).margin <= 1
+
+
+@pytest.fixture(scope="module")
+def shipped_keywords():
+    raw_routes = json.loads((ROOT / "routes.json").read_text())
+    return module.Keywords({n: c["keywords"] for n, c in raw_routes["categories"].items()})
+
+
+def test_ten_thousand_keywords_cost_nothing_per_prompt():
+    small = module.Keywords({"a": ["needle"]})
+    large = module.Keywords({"a": ["needle", *(f"word{n}" for n in range(10_000))]})
+
+    def calls(keywords) -> int:
+        seen = []
+        sys.setprofile(lambda frame, event, arg: seen.append(event))
+        try:
+            keywords.match("where is the needle in this text")
+        finally:
+            sys.setprofile(None)
+        return len(seen)
+
+    calls(small)
+    assert calls(large) == calls(small)
+
+
+def test_french_words_that_fold_to_english_ones_are_no_single_keywords():
+    raw_routes = json.loads((ROOT / "routes.json").read_text())
+    entries = [w for c in raw_routes["categories"].values() for w in c.get("keywords", ())]
+
+    assert not {"thé", "dés", "roi", "trie"} & {entry.split("^")[0] for entry in entries}
+
+
+# --- context -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["ok", "oui", "vas-y", "go on", "et en Python ?", "fix it"])
+def test_a_continuation_keeps_the_category_of_the_turn_before(text, tmp_path, upstream):
+    shipped = json.loads((ROOT / "routes.json").read_text())
+    changes = {"continuations": shipped["continuations"]}
+    path = tmp_path / "routes.json"
+    path.write_text(json.dumps(small_routes(upstream.url, **changes)))
+    client = LocalClient(module.create_app(settings_for(path)))
+
+    answer = client.chat(
+        messages=[
+            user("prove that seven is prime"),
+            {"role": "assistant", "content": "x"},
+            user(text),
+        ]
+    )
+
+    assert answer.headers["X-Router-Category"] == "reasoning"
+    assert answer.headers["X-Router-Mode"] == "continuation"
+
+
+def test_a_continuation_list_does_not_swallow_a_new_request():
+    continuations = Continuations(["ok", "and"])
+
+    assert continuations.covers("ok")
+    assert not continuations.covers("ok now write me a long poem about the winter sea")
+
+
+# --- tools, explicit, who can ------------------------------------------------------------------
+
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize(
+    ("body", "category", "mode"),
+    [
+        ({"tools": [TOOL]}, "tools", "tools"),
+        ({"tools": [TOOL] * 8}, "conversation", "keywords"),
+        ({"tools": [TOOL] * 8, "tool_choice": "required"}, "tools", "tools"),
+        ({"tools": [TOOL] * 8, "tool_choice": {"type": "function"}}, "tools", "tools"),
+        ({"tools": [TOOL], "tool_choice": "none"}, "conversation", "keywords"),
+        ({"tools": []}, "conversation", "keywords"),
+    ],
+)
+def test_tools_offered_by_an_agent_decide_only_when_they_are_few(client, body, category, mode):
+    answer = client.chat(**body)
+
+    assert answer.headers["X-Router-Category"] == category
+    assert answer.headers["X-Router-Mode"] == mode
+
+
+@pytest.mark.parametrize(
+    ("routing", "count", "category"),
+    [("always", 20, "tools"), ("never", 1, "conversation"), ("auto", 7, "tools")],
+)
+def test_tools_routing_says_what_tools_do(tmp_path, upstream, routing, count, category):
+    path = tmp_path / "routes.json"
+    path.write_text(json.dumps(small_routes(upstream.url, tools_routing=routing)))
+
+    answer = LocalClient(module.create_app(settings_for(path))).chat(tools=[TOOL] * count)
+
+    assert answer.headers["X-Router-Category"] == category
+
+
+IMAGE = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]
+
+
+@pytest.mark.parametrize(
+    ("limits", "body"),
+    [
+        ({"tools": False}, {"tools": [TOOL]}),
+        ({"images": False}, {"messages": [user(IMAGE)]}),
+        ({"context": 100}, {"messages": [user("hello " * 1000)]}),
+    ],
+)
+def test_models_that_cannot_take_a_request_are_passed_over(tmp_path, upstream, limits, body):
+    changed = small_routes(upstream.url, models={"acme/one": limits})
+    path = tmp_path / "routes.json"
+    path.write_text(json.dumps(changed))
+    client = LocalClient(module.create_app(settings_for(path)))
+
+    able = client.chat(**body)
+    unable = client.chat(model="acme/one", **body)
+
+    assert able.headers["X-Router-Model"] == "acme/two"
+    assert unable.status_code == 422
+    assert unable.json["error"]["code"] == "no_capable_model"
+    assert upstream.models_asked() == ["acme/two"]
+
+
+# --- Ollama ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ollama():
+    server = Upstream()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def asking(tmp_path, upstream, ollama):
+    """A client whose categories are named by the fake Ollama."""
+    path = tmp_path / "routes.json"
+    config = {"base_url": ollama.url.removesuffix("/v1"), "model": "tiny", "timeout_sec": 0.5}
+    path.write_text(json.dumps(small_routes(upstream.url, routing_mode="ollama", ollama=config)))
+    ollama.default = said("conversation")
+    client = LocalClient(module.create_app(settings_for(path)))
+    deadline = time.monotonic() + 5
+    while not ollama.requests and time.monotonic() < deadline:
+        time.sleep(0.01)  # the warm-up call, from its own thread
+    ollama.requests.clear()
+    return client
+
+
+def said(category: str):
+    content = json.dumps({"category": category})
+    return plain(200, json.dumps({"message": {"role": "assistant", "content": content}}).encode())
+
+
+def test_ollama_names_the_category(asking, ollama):
+    ollama.default = said("reasoning")
+
+    answer = asking.chat("python")
+
+    assert answer.headers["X-Router-Category"] == "reasoning"
+    assert answer.headers["X-Router-Mode"] == "ollama"
+    assert answer.headers["X-Router-Reason"] == "tiny said reasoning"
+
+
+def test_ollama_is_asked_as_the_design_says(asking, ollama):
+    asking.chat("x" * 2000)
+
+    body = ollama.requests[-1].body
+    assert ollama.requests[-1].path == "/api/chat"
+    assert body["stream"] is False
+    assert body["keep_alive"] == "30m"
+    assert body["format"]["properties"]["category"]["enum"] == list(module.BUILT_IN)
+    assert body["options"]["temperature"] == 0
+    assert len(body["messages"][-1]["content"]) == 800
+
+
+def test_ollama_answers_are_remembered_per_table(asking, ollama):
+    asking.chat("the same")
+    asking.chat("the same")
+    asking.post("/config/category", {"name": "haiku", "models": ["acme/one"]})
+    asking.chat("the same")
+
+    assert len(ollama.requests) == 2
+    assert "haiku" in ollama.requests[-1].body["format"]["properties"]["category"]["enum"]
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        slow(2, said("reasoning")),
+        hang,
+        plain(404, b'{"error": "model not found"}'),
+        plain(503, b"busy", "text/plain"),
+        plain(200, b"not json"),
+        plain(200, b'{"message": {"content": "code"}}'),
+        plain(200, b"[]"),
+        said("no-such-category"),
+        plain(200, b'{"message": {"content": "' + b"x" * 10_000_000 + b'"}}'),
+        raw(b""),
+        raw(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nshort"),
+    ],
+    ids=[
+        "slow", "hang", "404", "503", "garbage", "no-json", "list", "unknown", "10MB", "drop",
+        "cut",
+    ],
+)  # fmt: skip
+def test_whatever_ollama_does_keywords_answer_in_time(asking, ollama, script):
+    ollama.default = script
+    began = time.monotonic()
+
+    answer = asking.chat("refactor this")
+
+    assert time.monotonic() - began < 2
+    assert answer.status_code == 200
+    assert answer.headers["X-Router-Mode"] == "keywords"
+    assert answer.headers["X-Router-Category"] == "code"
+
+
+def test_a_dead_ollama_is_left_alone_for_a_while_and_health_says_so(asking, ollama):
+    ollama.default = plain(503, b"busy", "text/plain")
+
+    for n in range(5):
+        asking.chat(f"text {n}")
+
+    assert len(ollama.requests) == 3
+    assert asking.get("/health").json["classifier"] == {"status": "failing", "reason": "status 503"}
+
+
+def test_at_most_two_ask_ollama_at_once(asking, ollama):
+    gate, modes = threading.Event(), []
+    answer = said("code")
+
+    def wait(peer, request):
+        gate.wait(5)
+        return answer(peer, request)
+
+    ollama.default = wait
+    threads = [
+        threading.Thread(target=lambda n=n: modes.append(ask_for(asking, n))) for n in range(2)
+    ]
+    [thread.start() for thread in threads]
+    deadline = time.monotonic() + 5
+    while len(ollama.requests) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+    third = ask_for(asking, 3)
+    gate.set()
+    [thread.join(5) for thread in threads]
+
+    assert third in ("keywords", "default")
+    assert len(ollama.requests) == 2
+
+
+def ask_for(client: LocalClient, n: int) -> str:
+    return client.app.test_client().post("/route", json={"text": f"unclear {n}"}).json["mode"]
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "asked"), [("python refactor", "keywords", 0), ("zzz", "ollama", 1)]
+)
+def test_hybrid_asks_ollama_only_when_keywords_are_not_sure(
+    tmp_path, upstream, ollama, text, mode, asked
+):
+    path = tmp_path / "routes.json"
+    config = {"base_url": ollama.url.removesuffix("/v1"), "model": "tiny"}
+    changes = {"routing_mode": "hybrid", "ollama": config}
+    routes = small_routes(upstream.url, **changes)
+    routes["categories"]["code"]["keywords"] = ["python^3", "refactor*^3"]
+    path.write_text(json.dumps(routes))
+    ollama.default = said("reasoning")
+    client = LocalClient(module.create_app(settings_for(path)))
+
+    answer = client.chat(text)
+
+    asked_for = [r for r in ollama.requests if r.body["messages"][-1]["content"] == text]
+    assert answer.headers["X-Router-Mode"] == mode
+    assert len(asked_for) == asked
+
+
+# --- explaining it -----------------------------------------------------------------------------
+
+
+def test_the_dry_run_names_words_chain_and_who_is_passed_over(client, upstream):
+    report = client.post("/route", {"text": "please refactor this"}).json
+
+    assert report["category"] == "code"
+    assert report["words"] == [{"word": "refactor*", "weight": 1.0}]
+    assert [m["model"] for m in report["chain"]] == ["acme/one", "acme/two"]
+    assert report["chain"][0] == {
+        "model": "acme/one", "circuit": "closed", "retry_in_sec": 0.0, "passed_over": None,
+    }  # fmt: skip
+    assert upstream.requests == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [user("why?")]},
+        {"messages": [user("refactor"), user("ok")], "model": "router"},
+        {"messages": [user("hello")], "tools": [TOOL]},
+        {"messages": [user("hello")], "model": "acme/two"},
+        {"messages": [user("hello")], "model": "router/code"},
+        {"messages": [user("nothing that scores")]},
+    ],
+)
+def test_dry_run_and_real_run_agree(client, body):
+    dry = client.post("/route", body).json
+    real = client.post("/v1/chat/completions", body).headers
+
+    assert dry["category"] == real["X-Router-Category"]
+    assert dry["mode"] == real["X-Router-Mode"]
+    assert dry["chain"][0]["model"] == real["X-Router-Model"]
+
+
+def test_the_command_line_tells_the_same_without_a_service(routes):
+    env = {"ROUTER_ROUTES": str(routes), "ROUTER_BIND": "127.0.0.1:1", "TEST_API_KEY": KEY}
+    command = [sys.executable, "router.py", "route", "--json", "please refactor this"]
+
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=20)
+
+    report = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert report["category"] == "code"
+    assert report["chain"][0]["circuit"] == "unknown"
+
+
+def test_the_command_line_asks_the_running_service(service):
+    env = {**service.env}
+    command = [sys.executable, "router.py", "route", "please refactor this"]
+
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=20)
+
+    assert "category  code" in done.stdout
+    assert "acme/one  circuit closed" in done.stdout

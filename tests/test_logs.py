@@ -1,0 +1,62 @@
+"""Logs: one line per event, nothing from outside begins a line of its own, no prompt, no key."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+from conftest import KEY, LocalClient, settings_for
+from upstream import error
+
+import router as module
+from metrics import EventFormatter
+
+
+def line_for(fields: dict, as_json: bool = False) -> str:
+    record = logging.LogRecord("llm_router", logging.INFO, "", 0, "thing", (fields,), None)
+    return EventFormatter(as_json).format(record)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize(
+    "value", ["a\nlevel=error", "a\r\nb", "\x1b[31m", "\u2028x", 'q"uote', "é"]
+)
+def test_a_value_cannot_begin_a_line_of_its_own(value, as_json):
+    line = line_for({"reason": value}, as_json)
+
+    assert line.isascii()
+    assert line.isprintable()
+
+
+def test_logfmt_leaves_plain_values_as_they_are():
+    line = line_for({"a": "x/y", "b": 1.5, "c": True, "d": None, "e": ""})
+
+    assert line.endswith("event=thing a=x/y b=1.5 c=true")
+
+
+def test_json_has_the_same_fields():
+    assert json.loads(line_for({"a": "x", "n": 1}, True))["event"] == "thing"
+    assert json.loads(line_for({"a": "x", "n": 1}, True))["n"] == 1
+
+
+@pytest.mark.parametrize(("log_format", "first"), [("logfmt", "time="), ("json", "{")])
+def test_each_request_is_one_line(routes, capsys, log_format, first):
+    client = LocalClient(module.create_app(settings_for(routes, ROUTER_LOG_FORMAT=log_format)))
+
+    client.chat("hello MARKER-PROMPT")
+
+    lines = [line for line in capsys.readouterr().err.splitlines() if "request" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith(first)
+    assert "acme/one" in lines[0]
+    assert "MARKER-PROMPT" not in lines[0]
+
+
+def test_an_upstreams_echo_of_key_and_prompt_stays_out_of_the_log(client, upstream, capsys):
+    upstream.default = error(400, f"bad key {KEY} for MARKER-PROMPT")
+
+    answer = client.chat("hello MARKER-PROMPT")
+
+    assert KEY not in answer.text
+    assert KEY not in capsys.readouterr().err
