@@ -978,25 +978,29 @@ class Relay:
             function = tool.get("function") if isinstance(tool, dict) else None
             text = function.get("arguments") if isinstance(function, dict) else None
             if isinstance(text, str):
-                key = (choice, tool.get("index", n))
+                index = tool.get("index")
+                key = (choice, index if isinstance(index, int) else n)
                 self._arguments[key] = self._arguments.get(key, "") + text
 
     def stream(self) -> Iterator[bytes]:
         """The answer's bytes. After the commit a failure is told in the stream, never hidden."""
         try:
             yield self._to_client(b"".join(self.held))
+            until = self._flight.clock() + self._idle_s
             while not self.done:
-                self._flight.limit("idle", self._flight.clock() + self._idle_s)
+                self._flight.limit("idle", until)
                 event = next(self._events, None)
                 if event is None:
                     break
                 out = self._to_client(self._take(event))
                 if out:
                     yield out
+                if event.kind != "comment":  # an upstream that only says it is alive has stalled
+                    until = self._flight.clock() + self._idle_s
             failure = Failure("cut", status=200)
         except Failure as e:
             failure = e
-        except Exception:  # noqa: BLE001  a bug of ours, but the client must learn that the answer is not whole
+        except Exception:  # noqa: BLE001  a bug of ours; the client must learn that this is no end
             log.error("internal_error", {"where": where_it_broke()})
             failure = Failure("internal_error")
         yield from self._end(failure)

@@ -70,9 +70,12 @@ class Flight:
             if self.landed or self.why:
                 return
             self.why = why
-            if self._sock is not None:
+            hung_up = [self._sock]
+            if why == "client_left":  # or stopped reading or sending: our thread waits for it
+                hung_up.append(self.client)
+            for sock in filter(None, hung_up):
                 with contextlib.suppress(OSError):  # the plain method: TLS would say goodbye first
-                    socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
         self._over.set()
 
     def next_attempt(self) -> None:
