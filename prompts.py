@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-# --- the text ----------------------------------------------------------------------------------
+# --- the text -----------------------------------------------------------------------------------
 
 # OpenClaw puts the new message of a group chat after its history; the last such line counts.
 CURRENT = re.compile(r"\[(?:Current message|CURRENT MESSAGE)\b[^\[\]\n]{0,60}\]")
@@ -58,12 +58,11 @@ WRAPPINGS = tuple(
 )
 # `[Sun 2026-11-22 20:58 UTC] `, `[Telegram Bob id:1 +5m] Bob: `, `[WhatsApp +1555] `: a date with
 # a time, an elapsed time, or a channel's name; `[1,2,3]` and `[ERROR]` are the user's own.
-WEEKDAYS = {"mon", "tue", "wed", "thu", "fri", "sat", "sun"}
 STAMP = re.compile(
     r"\s*\[(?=[^\]\n]{0,300}(?:\d{4}-\d\d-\d\d[ T]\d\d:\d\d|\s\+(?:\d+[smhdwy]|just now)\b)"
     r"|(?:whatsapp|telegram|discord|slack|imessage|webchat|google ?chat|msteams)\s"
     r"|cron:)[^\]\n]{0,500}\]"
-    r"(?P<sender> (?:\([\w ]{1,20}\)|[^\s:][^\n:]{0,40}):(?= ))?[ \t]*",
+    r"[ \t]*",
     re.I,
 )
 
@@ -80,14 +79,12 @@ def clean(text: str) -> str:
 
 
 def strip_stamps(text: str) -> str:
-    """`text` without the stamps at its head; a sender's name goes only behind a channel's stamp."""
+    """`text` without the stamps at its head; a sender's name stays, since it says nothing."""
     for _ in range(3):  # a channel's stamp may stand behind a stamp of the gateway
         stamp = STAMP.match(text)
         if not stamp:
             break
-        head = stamp[0].lstrip()[1:4].lower()
-        channel = head.isalpha() and head not in WEEKDAYS
-        text = text[stamp.end() if channel or not stamp["sender"] else stamp.start("sender") :]
+        text = text[stamp.end() :]
     return text
 
 
@@ -104,10 +101,10 @@ def user_texts(messages: Any) -> Iterator[str]:
             yield text
 
 
-# --- words -------------------------------------------------------------------------------------
+# --- words --------------------------------------------------------------------------------------
 
-HEAD, TAIL = 1600, 700  # characters: the task stands at one end; the middle is material
-MOST_WORDS = 360  # prose has fewer in that many characters
+HEAD, TAIL = 1200, 500  # characters: the task stands at one end; the middle is material
+MOST_WORDS = 280  # prose has fewer in that many characters
 ACCENTS = re.compile("[\u0300-\u036f]+")
 LIGATURES = str.maketrans({"œ": "oe", "æ": "ae", "ß": "ss"})
 # c++ and c# and .net are words; a Chinese or Japanese character is one, for no spaces part them.
@@ -133,7 +130,6 @@ def tokens_of(text: str) -> list[str]:
 
 
 ENTRY = re.compile(r"(?P<words>.*?)(?P<prefix>\*?)(?:\^(?P<weight>\d+(?:\.\d+)?))?", re.S)
-# Words of code hardly occur elsewhere, those of science everywhere: +1 point, measured.
 
 
 def parse_entry(entry: str) -> tuple[tuple[str, ...], bool, float]:
@@ -145,10 +141,12 @@ def parse_entry(entry: str) -> tuple[tuple[str, ...], bool, float]:
     return words, bool(parts["prefix"]), float(parts["weight"] or 1)
 
 
-# --- structure ---------------------------------------------------------------------------------
+# --- structure ----------------------------------------------------------------------------------
+
+Hit = tuple[str, str, float]  # category, entry or signal, weight
 
 # Plain prose shows none of these and is spared the search for code; without a digit, for sums.
-SYMBOL = re.compile(r"[`(){}<>=;\\$/_\[\]|#~]|\w\.\w|[a-z][A-Z]|[A-Z]{4}|Error")
+SYMBOL = re.compile(r"[`(){}<>=;\\$/_\[\]|#~@]|\w\.\w|[a-z][A-Z]|[A-Z]{4}|Error")
 DIGIT = re.compile(r"[\d\\²³∫√∑≤≥≠∈∀∃π∞]")
 SHAPES = tuple(
     (category, f"({name})", weight, re.compile(pattern, re.M))
@@ -199,10 +197,21 @@ SHAPES = tuple(
             r"^[ \t]{0,8}(?:\$ |(?:sudo|git|npm|npx|pip3?|docker|kubectl|curl|ls|cd|"
             r"chmod|grep|apt|brew|cargo|ssh|yarn|systemctl) +[-\w./])",
         ),
-        ("code", "operators", 2, r"[=!]==|=>|->|::|&&|\|\||\+=|\);|[{}]$|:\n {2,8}\S|\[\w+\] ?="),
-        ("code", "latex", 1.5, r"\\(?:begin|documentclass|usepackage|section|textbf)\b"),
+        (
+            "code",
+            "operators",
+            2,
+            r"[=!]==|=>|\w->\w|\) ->|::|&&|\|\||\+=|\);|^[ \t]{0,12}\}|\) ?\{$|"
+            r":\n {2,8}\S|\[\w+\] ?=",
+        ),
         ("reasoning", "choices", 2, r"^\(?[A-D][).] [^\n]*\n\(?[B-D][).] |\bOptions ?:"),
-        ("tools", "path", 2, r"(?<![\w/<.:)])[~.]{0,2}/\w[\w./-]*+(?!>)|\b[A-Z]:\\\w"),
+        (
+            "tools",
+            "path or address",
+            2,
+            r"https?://|\w@\w|"
+            r"(?<![\w/<.:)])[~.]{0,2}/\w[\w./-]*+(?!>)|\b[A-Z]:\\\w",
+        ),
         (
             "tools",
             "document",
@@ -214,9 +223,8 @@ SHAPES = tuple(
 )
 FORMULA = re.compile(
     r"\\(?:frac|int|sum|sqrt|lim|alpha|pi|theta|cdot|leq?|geq?)\b|[∫√∑≤≥≠∈∀∃π∞]|"
-    r"\b\d{0,6}[a-z] ?(?:\^ ?\d|[²³])|\b[fgh]\([a-z\d]\)|\d ?[*×÷^] ?\d|"
-    r"\b[a-z] ?[=<>] ?-?\d|\b\d{0,6}[a-z] ?[-+] ?\d{1,6}[a-z]? ?[-+=<>)]|"
-    r"\d ?[-+] ?\d{1,6} ?="
+    r"\b[fgh]\([a-z\d]\)|\d ?(?:[*×÷^] ?\d|[-+] ?\d{1,6} ?=|% (?:of|off|de|du)\b)|"
+    r"\b\d{0,6}[a-z] ?(?:\^ ?\d|[²³]|[=<>] ?-?\d|[-+] ?\d{1,6}[a-z]? ?[-+=<>)])"
 )
 WHEN = re.compile(
     r"\b\d\d? ?[ap]\.?m\b|\b\d\d?[:h]\d\d\b|\b\d\d? ?h\b|"
@@ -224,23 +232,46 @@ WHEN = re.compile(
     re.I,
 )
 NUMBER = re.compile(r"(?<![\w:/.-])[$€£]?\d[\d.,]*")
+# What a record is called by ("HX-88213", "n° 45", "#31"); a name inside a sentence ("to Lyon").
+IDENTIFIER = re.compile(r"#\d|n° ?\d|\b(?:[A-Z]{1,5}-?\d\d|(?<![.,$€£])\d{5})")
+NAME = re.compile(r"[a-z\d,] [A-Z][a-z]")
 
 
-def signals_of(text: str) -> list[tuple[str, str, float]]:
+def signals_of(text: str) -> list[Hit]:
     """(category, name, weight) of each structural signal in the capped `text`."""
-    found: list[tuple[str, str, float]] = []
+    found: list[Hit] = []
     if SYMBOL.search(text):
         found += (shape[:3] for shape in SHAPES if shape[3].search(text))
+    if len(text) < 200 and NAME.search(text):  # in a longer text there is always one
+        found.append(("tools", "(a name)", 0.4))
     if DIGIT.search(text):
         found += [("reasoning", "(formula)", 2.0)] * bool(FORMULA.search(text))
         found += [("tools", "(date or time)", 1.0)] * bool(WHEN.search(text))
+        found += [("tools", "(an identifier)", 1.0)] * bool(IDENTIFIER.search(text))
         numbers = len(NUMBER.findall(text[:HEAD]))
         if numbers > 1 and ("?" in text or len(text) > 80):  # numbers in prose: a word problem
             found.append(("reasoning", "(numbers)", 1.5 if numbers == 2 else 2.5))
     return found
 
 
-# --- follow-ups --------------------------------------------------------------------------------
+# Verbs that open an order about the world, too common for keywords: for when all else is silent.
+ORDER = re.compile(
+    r"(?:(?:please|can you|can u|could you|would you|will you|i (?:want|need|d like|would like) to|"
+    r"peux tu|tu peux|pouvez vous|je (?:veux|voudrais)|stp) )*"
+    r"(?:set|send|add|put|start|stop|cancel|delete|move|order|update|change|check|open|close|mark|"
+    r"print|mute|post|push|pull|call|track|increase|lower|rent|book|grab|fetch|retrieve|text|log|"
+    r"tell (?!me)|copy|archive|assign|mets|remets|ajoute|envoie|renvoie|enleve|retire|annule|"
+    r"ouvre|ferme|verifie|modifie|passe|bloque|note|marque|lance|relance|arrete|coupe|retrouve|"
+    r"programme)\b"
+)
+
+
+def is_order(words: list[str]) -> bool:
+    """Whether a text opens like an order about the world: "can you book", "je voudrais ajouter"."""
+    return bool(ORDER.match(" ".join(words[:6])))
+
+
+# --- follow-ups ---------------------------------------------------------------------------------
 
 LOOK_BACK = 12  # earlier texts read for a follow-up; a chat of nothing but "ok" must not cost more
 POINTERS = frozenset("it that this these them its same again instead ca cela celui celle".split())
