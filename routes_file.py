@@ -54,6 +54,10 @@ class RoutesError(Exception):
     """routes.json cannot be used; the message says where and why, one line per finding."""
 
 
+class Unreadable(RoutesError):
+    """routes.json could not be read at all, perhaps only for now."""
+
+
 class Refused(RoutesError):
     """A request about the file that cannot be granted; nothing was changed."""
 
@@ -120,7 +124,7 @@ class Table:
     models: Mapping[str, Model]
     categories: Mapping[str, Category]
     shorts: Mapping[str, tuple[str, ...]]
-    warnings: tuple[str, ...] = ()
+    doubts: tuple[tuple[tuple[str, ...], str], ...] = ()  # (categories, sentence)
 
     @cached_property
     def etag(self) -> str:
@@ -176,9 +180,14 @@ class Table:
             "warnings": list(self.warnings),
         }  # fmt: skip
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a person may want to know although nothing is broken."""
+        return tuple(sentence for _, sentence in self.doubts)
+
     def doubts_about(self, name: str) -> list[str]:
-        """The warnings that name the category `name`."""
-        return [w for w in self.warnings if re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", w)]
+        """The warnings about the category `name`."""
+        return [sentence for categories, sentence in self.doubts if name in categories]
 
     def with_category(self, name: str, given: Mapping[str, Any], *, must_exist: bool) -> str:
         """The file's text with `name`'s chain set, and its keywords and description if given."""
@@ -341,7 +350,7 @@ def _values(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value
 
 
-def load_table(text: str, schema: Mapping[str, Any]) -> Table:
+def load_table(text: str, schema: jsonschema.Draft202012Validator) -> Table:
     """The table that `text` (routes.json) describes; RoutesError with place and JSON path."""
     try:
         raw = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
@@ -349,15 +358,14 @@ def load_table(text: str, schema: Mapping[str, Any]) -> Table:
         raise RoutesError(f"line {e.lineno}, column {e.colno}: {e.msg}") from e
     except (ValueError, RecursionError) as e:
         raise RoutesError(str(e) or "nested too deeply") from e
-    validator = jsonschema.Draft202012Validator(schema)
-    found = sorted(validator.iter_errors(raw), key=lambda e: str(e.json_path))
+    found = sorted(schema.iter_errors(raw), key=lambda e: str(e.json_path))
     if found:
         raise RoutesError("\n".join(f"{e.json_path}: {say_schema_error(e)}" for e in found[:10]))
     table = _build_table(text, raw)
     problems = list(_cross_check(table))
     if problems:
         raise RoutesError("\n".join(problems))
-    return replace(table, warnings=tuple(_doubts(table, raw)))
+    return replace(table, doubts=tuple(_doubts(table, raw)))
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -368,15 +376,18 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+def _hint(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
 def say_schema_error(e: jsonschema.ValidationError) -> str:
     """One finding without the value itself: a key pasted in the wrong place must not be logged."""
     kind, wanted, given = str(e.validator), cast(Any, e.validator_value), cast(Any, e.instance)
     if kind == "additionalProperties":
         known = list(e.schema.get("properties", {})) if isinstance(e.schema, dict) else []
         extra = next(k for k in given if k not in known)
-        near = difflib.get_close_matches(extra, known, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"unknown key {extra[:40]!r}{hint}"
+        return f"unknown key {extra[:40]!r}{_hint(extra, known)}"
     if kind == "required":
         return e.message
     if kind == "type":
@@ -384,9 +395,10 @@ def say_schema_error(e: jsonschema.ValidationError) -> str:
     if kind in ("minItems", "minProperties", "minLength"):
         return "should be non-empty"
     if kind == "enum":
-        near = difflib.get_close_matches(str(given), [str(w) for w in wanted], 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"should be one of {', '.join(map(str, wanted))}{hint}"
+        choices = [str(choice) for choice in wanted]
+        return f"should be one of {', '.join(choices)}{_hint(str(given), choices)}"
+    if "propertyNames" in e.schema_path:
+        return f"the name {str(given)[:40]!r} breaks the rule {json.dumps(wanted)[:80]}"
     return f"breaks the rule {kind} {json.dumps(wanted)[:80]}"
 
 
@@ -398,11 +410,9 @@ def _build_table(text: str, raw: Mapping[str, Any]) -> Table:
     upstreams = {name: Upstream(name, u["base_url"].rstrip("/"), u.get("api_key_env"))
                  for name, u in raw["upstreams"].items()}  # fmt: skip
     models = {id_: _build_model(id_, m, upstreams) for id_, m in raw.get("models", {}).items()}
-    chains = {}
-    for name, category in raw["categories"].items():
-        chains[name] = [_known_id(id_, models) for id_ in category["models"]]
-        for id_ in chains[name]:
-            models.setdefault(id_, _build_model(id_, {}, upstreams))
+    chains = dict(_full_ids(raw))
+    for id_ in (id_ for ids in chains.values() for id_ in ids):
+        models.setdefault(id_, _build_model(id_, {}, upstreams))
     shorts: dict[str, tuple[str, ...]] = {}
     for id_, model in models.items():
         shorts[model.short] = (*shorts.get(model.short, ()), id_)
@@ -423,23 +433,34 @@ def _build_table(text: str, raw: Mapping[str, Any]) -> Table:
 def _build_model(id_: str, raw: Mapping[str, Any], upstreams: Mapping[str, Upstream]) -> Model:
     name = raw.get("upstream", next(iter(upstreams)))
     if name not in upstreams:
-        raise RoutesError(f"$.models['{id_}'].upstream: {name!r} is not in $.upstreams")
+        hint = _hint(name, upstreams)
+        raise RoutesError(f"$.models['{id_}'].upstream: is not in $.upstreams{hint}")
     return Model(id_, upstreams[name], raw.get("cost"), raw.get("context"), raw.get("tools", True),
                  raw.get("images", True), raw.get("timeouts_sec", {}))  # fmt: skip
 
 
-def _known_id(name: str, models: Mapping[str, Model]) -> str:
-    """A chain may name a model of `models` by its last path segment."""
-    found = [name] if name in models else [id_ for id_, m in models.items() if m.short == name]
-    if len(found) > 1:
-        raise RoutesError(f"{name} could be any of {', '.join(found)}: write the full name")
-    return found[0] if found else name
+def _full_ids(raw: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """(category, ids) with short names spelled out: the one id with that last path segment."""
+    chains = {name: category["models"] for name, category in raw["categories"].items()}
+    known = {*raw.get("models", {}), *(id_ for ids in chains.values() for id_ in ids if "/" in id_)}
+    shorts: dict[str, list[str]] = {}
+    for id_ in sorted(known):
+        shorts.setdefault(id_.rpartition("/")[2], []).append(id_)
+    for name, ids in chains.items():
+        for n, id_ in enumerate(ids):
+            found = shorts.get(id_, [])
+            if id_ not in known and len(found) > 1:
+                place = f"$.categories.{name}.models[{n}]"
+                why = f"{id_} could be any of {', '.join(found)}: write the full name"
+                raise RoutesError(f"{place}: {why}")
+        yield name, [id_ if id_ in known else shorts.get(id_, [id_])[0] for id_ in ids]
 
 
 def _cross_check(table: Table) -> Iterator[str]:
     """What the schema cannot say."""
     if table.default_category not in table.categories:
-        yield f"$.default_category: {table.default_category!r} is not in $.categories"
+        hint = _hint(table.default_category, table.categories)
+        yield f"$.default_category: is not in $.categories{hint}"
     if "router" in table.categories:
         yield "$.categories.router: the name `router` is reserved"
     for name, category in table.categories.items():
@@ -467,18 +488,20 @@ def _usable_url(url: str) -> bool:
     return parts.scheme in ("http", "https") and bool(parts.hostname) and plain and port_fits
 
 
-def _doubts(table: Table, raw: Mapping[str, Any]) -> Iterator[str]:
+def _doubts(table: Table, raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     """Warnings: nothing is broken, but a person may want to know."""
     owners: dict[str, str] = {}
     for name, category in table.categories.items():
-        for word in {fold(entry.rpartition("^")[0] or entry) for entry in category.keywords}:
+        for word in dict.fromkeys(fold(e.rpartition("^")[0] or e) for e in category.keywords):
             if owners.setdefault(word, name) != name:
-                yield f"keyword {word!r} stands in {owners[word]} and in {name}"
+                both = (owners[word], name)
+                yield both, f"keyword {word!r} stands in {both[0]} and in {name}"
         if not category.keywords and name != table.default_category:
-            yield f"no keyword leads to category {name}"
+            yield (name,), f"no keyword leads to category {name}"
         for model in category.models:
             if model.id not in raw.get("models", {}):
-                yield f"{model.id} of category {name} is not in `models`: no price, no context"
+                why = f"{model.id} of category {name} is not in `models`: no price, no context"
+                yield (name,), why
 
 
 def fold(text: str) -> str:
@@ -493,12 +516,14 @@ class Store:
     """The routes file and the table read from it. `table` is always the last good one."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic):
-        self._given = path  # perhaps a symlink, which may be swapped for another
+        self._given = path.absolute()  # perhaps a symlink, which may be swapped for another
+        self._last_good = self._given.with_name(f".{path.name}.last-good")
         self._clock = clock
         self._lock = threading.Lock()  # guards the look at the file and the swap
-        self._schema = json.loads((HERE / "routes.schema.json").read_text(encoding="utf-8"))
+        self._schema = routes_schema()
         self._seen: tuple[int, ...] = ()
         self._next_look = 0.0
+        self._kept = ""  # the text in the last-good copy
         self.error: str | None = None
         self.error_since: str | None = None
         self._table = self._first_table()
@@ -518,149 +543,163 @@ class Store:
                 self._lock.release()
         return self._table
 
-    def _beside(self, ending: str) -> Path:
-        path = self.path
-        return path.with_name(f".{path.name}.{ending}")
-
     def _first_table(self) -> Table:
         try:
-            return self._accept(self._read())
+            table = load_table(read_file(self.path), self._schema)
         except RoutesError as bad:
             try:
-                kept = load_table(
-                    self._beside("last-good").read_text(encoding="utf-8"), self._schema
-                )
-            except (OSError, UnicodeDecodeError, RoutesError):
+                table = load_table(read_file(self._last_good), self._schema)
+            except RoutesError:
                 raise bad from None
             self._complain(bad)
-            return kept
+        self._keep(table.text)
+        return table
 
     def _look(self) -> None:
         self._next_look = self._clock() + LOOK_EVERY_S
         try:
             stat = os.stat(self.path)
             seen = (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino)
-            if seen == self._seen and time.time() - stat.st_mtime > YOUNG_S:
-                return
-            text = self._read()
-            if text != self._table.text or self.error:
-                self._table = self._accept(text)
-                log.info("routes_loaded", {"version": self._table.etag})
-            self._seen = seen
+            young = time.time() - max(stat.st_mtime, stat.st_ctime) <= YOUNG_S
+            if seen != self._seen or young:
+                self._take_up(read_file(self.path))
+                self._seen = seen
         except OSError as e:
+            self._seen = ()
             self._complain(RoutesError(f"cannot be read: {e.strerror}"))
         except RoutesError as e:
-            self._seen = seen
+            self._seen = () if isinstance(e, Unreadable) else seen
             self._complain(e)
+        self._keep(self._table.text)
 
-    def _read(self) -> str:
-        try:
-            return self.path.read_text(encoding="utf-8")
-        except OSError as e:
-            raise RoutesError(f"cannot be read: {e.strerror}") from e
-        except UnicodeDecodeError as e:
-            raise RoutesError(f"byte {e.start} is not UTF-8") from e
-
-    def _accept(self, text: str) -> Table:
-        table = load_table(text, self._schema)
+    def _take_up(self, text: str) -> None:
+        if text != self._table.text:
+            self._table = load_table(text, self._schema)
+            log.info("routes_loaded", {"version": self._table.etag})
         self.error = self.error_since = None
-        keep = self._beside("last-good")
-        with contextlib.suppress(OSError):  # a folder we may not write to costs only the copy
-            if not keep.exists() or keep.read_text(encoding="utf-8") != text:
-                replace_file(keep, text, like=self.path)
-        return table
 
     def _complain(self, bad: RoutesError) -> None:
         if str(bad) != self.error:
             self.error, self.error_since = str(bad), now_text()
-            log.error(
-                "routes_bad", {"file": self.path, "why": str(bad), "serving": "the last good"}
-            )
+            log.error("routes_bad", {"file": str(self.path), "why": str(bad)})
+
+    def _keep(self, text: str) -> None:
+        """Copy the table in force for a worker that boots while the file is bad."""
+        if text == self._kept:
+            return
+        with contextlib.suppress(OSError):  # not writable, or a writer is busy: at the next look
+            with locked(self._last_good.parent, wait=False):
+                if not self._last_good.exists() or read_file(self._last_good) != text:
+                    replace_file(self._last_good, text, like=self.path)
+            self._kept = text
 
     def change(self, edit: Callable[[Table], str], if_match: str | None = None) -> Table:
-        """The table after `edit` (table -> new text) was checked and written, or a RouterError.
+        """The table after `edit` (table -> new text) was checked and written, or Refused.
 
         Writers of all threads and processes take turns: the folder itself carries the lock, so no
         lock file is left behind. Nothing is written unless everything fits: 409 while the file on
         disk is bad, 412 when `if_match` names another version, 503 when it cannot be written.
         """
         try:
-            folder = os.open(self.path.parent, os.O_RDONLY)
+            with locked(self.path.parent, wait=True) as folder:
+                after = self._write(edit, if_match)
+                with contextlib.suppress(OSError):  # in place; only a power cut could undo it
+                    os.fsync(folder)
         except OSError as e:
-            raise _unwritable(self.path, e) from e
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
-            for _ in range(5):  # a hand edit that lands in between is read again, not overwritten
-                before, after = self._prepare(edit, if_match)
-                if after.text == before.text or self._swap_file(before, after, folder):
-                    break
-            else:
-                raise Refused(409, "conflict", f"{self.path} keeps changing; try again")
-        except OSError as e:
-            raise _unwritable(self.path, e) from e
-        finally:
-            os.close(folder)
+            why = f"{self.path} cannot be written: {e.strerror}; nothing changed"
+            raise Refused(503, "routes_not_writable", why) from e
         with self._lock:
             self._table, self.error, self._next_look = after, None, 0.0
+        self._keep(after.text)
         return after
 
+    def _write(self, edit: Callable[[Table], str], if_match: str | None) -> Table:
+        for _ in range(5):  # a hand edit in between is read again, not overwritten
+            before, after = self._prepare(edit, if_match)
+            same = after.text == before.text
+            if same or replace_file(self.path, after.text, self.path, before.text):
+                return after
+        raise Refused(409, "conflict", f"{self.path} keeps changing; try again")
+
     def _prepare(self, edit: Callable[[Table], str], if_match: str | None) -> tuple[Table, Table]:
+        """The table as the file on disk has it, and as `edit` would have it."""
+        before = self._table
         try:
-            before = load_table(self._read(), self._schema)
+            text = read_file(self.path)
+            before = before if text == before.text else load_table(text, self._schema)
         except RoutesError as e:
-            raise Refused(
-                409, "routes_file_bad", f"{self.path} is broken; mend it first: {e}"
-            ) from e
-        if if_match and if_match.removeprefix("W/").strip('"') not in (before.etag, "*"):
+            why = f"{self.path} is broken; mend it first: {e}"
+            raise Refused(409, "routes_file_bad", why) from e
+        tags = [tag.strip().removeprefix("W/").strip('"') for tag in (if_match or "*").split(",")]
+        if not {before.etag, "*"} & set(tags):
             raise Refused(412, "stale_version", "routes.json has changed; GET /config, try again")
         try:
-            return before, load_table(edit(before), self._schema)
+            text = edit(before)
+            text.encode()
+            return before, before if text == before.text else load_table(text, self._schema)
         except Refused:
             raise
+        except UnicodeEncodeError as e:
+            raise Refused(422, "invalid_request_error", "a lone surrogate is no text") from e
         except RoutesError as e:
             raise Refused(422, "invalid_request_error", str(e)) from e
 
-    def _swap_file(self, before: Table, after: Table, folder: int) -> bool:
-        """True when the file was replaced; False when it no longer held what `before` holds."""
-        temp = self._beside("tmp")
-        try:
-            write_beside(temp, after.text, like=self.path)
-            if self.path.read_text(encoding="utf-8") != before.text:
-                return False
-            os.replace(temp, self.path)
-            os.fsync(folder)
-        finally:
-            temp.unlink(missing_ok=True)
-        self._accept(after.text)
-        return True
+
+def routes_schema() -> jsonschema.Draft202012Validator:
+    """The compiled schema of routes.json."""
+    text = (HERE / "routes.schema.json").read_text(encoding="utf-8")
+    return jsonschema.Draft202012Validator(json.loads(text))
 
 
-def _unwritable(path: Path, e: OSError) -> Refused:
-    why = f"{path} cannot be written: {e.strerror}; nothing changed"
-    return Refused(503, "routes_not_writable", why)
+def read_file(path: Path) -> str:
+    """The text of a routes file, line ends as they are; Unreadable or RoutesError."""
+    try:
+        return path.read_bytes().decode()
+    except OSError as e:
+        raise Unreadable(f"cannot be read: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise RoutesError(f"byte {e.start} is not UTF-8") from e
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, wait: bool) -> Iterator[int]:
+    """The folder's descriptor, while no other thread or process holds its lock; else OSError."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, text: str, like: Path, instead_of: str | None = None) -> bool:
+    """Replace `path` in one step, so that a crash leaves the old or the new file, never half.
+
+    False when it does not hold `instead_of` any more: somebody edited it meanwhile. The name of
+    the temporary file is fixed, so that a crash leaves at most one; call this under the lock.
+    """
+    temp = path.with_name(f".{path.name.lstrip('.')}.tmp")
+    try:
+        write_beside(temp, text, like)
+        if instead_of is not None and read_file(path) != instead_of:
+            return False
+        os.replace(temp, path)
+    finally:
+        temp.unlink(missing_ok=True)
+    return True
 
 
 def write_beside(temp: Path, text: str, like: Path) -> None:
     """Write and fsync `temp`, with the mode and, where allowed, the owner of `like`."""
     stat = like.stat()
     fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-    with open(fd, "w", encoding="utf-8") as file:
+    with open(fd, "wb") as file:
         with contextlib.suppress(PermissionError):
             os.fchown(fd, stat.st_uid, stat.st_gid)
         os.fchmod(fd, stat.st_mode & 0o7777)
-        file.write(text)
+        file.write(text.encode())
         file.flush()
         os.fsync(fd)
-
-
-def replace_file(path: Path, text: str, like: Path) -> None:
-    """Replace `path` as one step, so that a crash leaves the old or the new file, never half."""
-    temp = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        write_beside(temp, text, like)
-        os.replace(temp, path)
-    finally:
-        temp.unlink(missing_ok=True)
 
 
 def now_text() -> str:

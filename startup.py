@@ -13,7 +13,7 @@ from typing import Any
 
 import requests
 
-from routes_file import RoutesError, Store, Table, Upstream, load_table
+from routes_file import RoutesError, Store, Table, Upstream, load_table, read_file, routes_schema
 from wire import is_loopback
 
 VERSION = "0.4.0"
@@ -234,11 +234,8 @@ def run_check(file: str | None, banner: bool) -> int:
         print_banner(settings, table_for_start(settings))
         return 0
     path = Path(file) if file else settings.routes
-    schema = json.loads((HERE / "routes.schema.json").read_text(encoding="utf-8"))
     try:
-        table = load_table(path.read_text(encoding="utf-8"), schema)
-    except (OSError, UnicodeDecodeError) as e:
-        raise RoutesError(f"{path}: {e}") from e
+        table = load_table(read_file(path), routes_schema())
     except RoutesError as e:
         raise RoutesError("\n".join(f"{path}: {line}" for line in str(e).splitlines())) from e
     missing = [f"{u.name} has no key: set {u.api_key_env}" for u in without_key(settings, table)]

@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from router import Chat, Chooser, Classifier, Decision, Flight  # noqa: E402
-from routes_file import load_table  # noqa: E402
+from routes_file import load_table, read_file, routes_schema  # noqa: E402
 
 NAMES = ("tools", "code", "reasoning", "conversation")
 ENVELOPES = (
@@ -40,8 +40,7 @@ ENVELOPES = (
 
 def deciding() -> Any:
     """A function from messages to a Decision, by the shipped routes.json and keywords alone."""
-    schema = json.loads((ROOT / "routes.schema.json").read_text(encoding="utf-8"))
-    table = load_table((ROOT / "routes.json").read_text(encoding="utf-8"), schema)
+    table = load_table(read_file(ROOT / "routes.json"), routes_schema())
     table = replace(table, mode="keywords")
     chooser = Chooser(Classifier(lambda *_: b""))
     flight = Flight(None, time.monotonic)
