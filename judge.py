@@ -57,14 +57,16 @@ BY_STATUS = {
 # What the text of an error says, for the statuses in which upstreams say it; the first row wins.
 BY_TEXT = (
     ("context_length", (400, 422), re.compile(
-        r"context.?(length|window|size)|maximum.?context|too many (input |prompt )?tokens|too long"
-        r"|reduce the length|exceeds? .{0,60}(tokens|context)|token limit", re.I)),
-    ("content_filter", (400, 403), re.compile(
-        r"content.?(filter|policy|management|moderation)|moderation|flagged|safety|responsible.?ai",
+        r"context.?(length|window|size)|maximum.?context|too many (input |prompt )?tokens"
+        r"|(?<!string )too long|reduce the length|exceeds? .{0,60}(tokens|context)|token limit",
         re.I)),
+    ("content_filter", (400, 403), re.compile(
+        r"content.?(filter|policy|management|moderation)|moderation|flagged|safety(?!_)"
+        r"|responsible.?ai", re.I)),
+    # "does not support tools" and "no endpoints found that support ..." blame the request.
     ("unknown_model", (400, 404), re.compile(
-        r"model.{0,80}(not.(found|exist|valid|support|available)|does not exist)"
-        r"|no (endpoints|models?) found|(unknown|invalid|no such|not a valid) model", re.I)),
+        r"model.{0,80}(not.(found|exist|valid)|does not exist)|no (endpoints|models?) found for\b"
+        r"|(unknown|invalid|no such|not a valid) model", re.I)),
     ("unauthorized", (403,), re.compile(
         r"api.?key|credential|authenticat|authoriz|permission|token|user not found", re.I)),
 )  # fmt: skip
@@ -91,6 +93,8 @@ def failure_from(status: int, body: Any, retry_after: str | None = None) -> Fail
     """
     body = body if isinstance(body, dict) else {}
     error = body.get("error") or body.get("detail") or body.get("message")
+    if isinstance(error, list):  # FastAPI's places
+        error = "; ".join(str(place.get("msg")) for place in error if isinstance(place, dict))
     error = error if isinstance(error, dict) else {"message": error}
     metadata = error.get("metadata")
     hints = metadata if isinstance(metadata, dict) else {}
@@ -113,7 +117,7 @@ def check_head(response: requests.Response, flight: Flight) -> None:
     plain = response.headers.get("Content-Encoding", "identity").lower() in ("", "identity")
     if status == 200 and plain:
         return
-    if 200 <= status < 300:
+    if status < 300:
         raise Failure("not_an_answer", f"status {status}" if plain else "compressed", status)
     data = b""
     with contextlib.suppress(Failure):  # the status is the verdict, with or without its text

@@ -16,15 +16,14 @@ Who owns which state, each object with one private lock:
     Metrics      counters and the ring of recent requests                  (metrics.py)
 
 The files beside this one are leaves: each does one thing, none knows Flask or another's state.
-judge.py is the table of what counts as a failure, startup.py the settings and the command line,
-prompts.py finds the words a person said.
+judge.py is the table of what counts as a failure, doors.py says who may come in, startup.py holds
+the settings and the command line, prompts.py finds the words a person said.
 Importing this module starts nothing: `create_app` builds the objects.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hmac
 import json
 import logging
 import math
@@ -42,7 +41,7 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import flask
 import jsonschema
@@ -50,6 +49,7 @@ import requests
 from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
 
+from doors import CHAT_PATHS, RouterError, guard, invalid, scrub
 from judge import VERDICTS, check_head, failure_from
 from metrics import Attempt, Metrics, Record, log_rejections, log_to_stderr
 from prompts import (
@@ -88,8 +88,6 @@ from wire import (
     Flights,
     Full,
     Line,
-    is_address,
-    is_loopback,
     new_session,
     parse_loosely,
     read_chunks,
@@ -100,47 +98,6 @@ from wire import (
 
 HERE = Path(__file__).resolve().parent
 log = logging.getLogger("llm_router")
-
-
-# --- errors ------------------------------------------------------------------------------------
-
-
-class RouterError(Exception):
-    """An answer to the client that is an error: status, kind and a sentence to act on."""
-
-    def __init__(self, status: int, kind: str, message: str, *, param: str | None = None,
-                 code: str | None = None, headers: Mapping[str, str] | None = None,
-                 detail: list[dict[str, Any]] | None = None,
-                 attempts: list[dict[str, Any]] | None = None):  # fmt: skip
-        super().__init__(message)
-        self.status = status
-        self.headers = dict(headers or {})
-        self.detail = detail
-        self.error = {"message": message, "type": kind, "param": param, "code": code or kind}
-        if attempts is not None:
-            self.error["attempts"] = attempts  # type: ignore[assignment]
-
-    def body(self) -> dict[str, Any]:
-        """The envelope of OpenAI's API, which OpenClaw and the SDKs show best."""
-        return {"error": self.error} | ({} if self.detail is None else {"detail": self.detail})
-
-
-def invalid(detail: list[dict[str, Any]]) -> RouterError:
-    """The 422 for a body that does not fit: `detail` holds [{loc, msg}], never values."""
-    where = ".".join(str(part) for part in detail[0]["loc"])
-    message = f"{where}: {detail[0]['msg']}"
-    return RouterError(422, "invalid_request_error", message, param=where, detail=detail)
-
-
-_KEY_SHAPES = re.compile(r"(?i)bearer\s+\S+|\b(?:sk|pk|rk|key|gsk|xai)[-_][\w-]{8,}|AIza[\w-]{20,}")
-
-
-def scrub(text: str, known: Iterable[str] = ()) -> str:
-    """`text` for a person: known secrets and key-like words masked, controls gone, 600 chars."""
-    for secret in filter(None, known):
-        text = text.replace(secret, "***")
-    text = _KEY_SHAPES.sub("***", text[:4000])[:600]
-    return "".join(c if c.isprintable() else " " for c in text).strip()
 
 
 # --- reading a request -------------------------------------------------------------------------
@@ -329,7 +286,10 @@ class Breakers:
             if circuit.is_open:
                 circuit.lease, circuit.generation = now + lease_s, self._next_generation()
             circuit.in_air += 1
-            return Ticket(model, circuit, circuit.generation, circuit.is_open)
+            ticket = Ticket(model, circuit, circuit.generation, circuit.is_open)
+        if ticket.probe:
+            log.info("circuit_half_open", {"model": model})
+        return ticket
 
     def would_admit(self, model: str) -> bool:
         """True when a request that asked now would get a ticket."""
@@ -408,16 +368,23 @@ class Breakers:
         """Forget everything about `models` (default: all), at once."""
         with self._lock:
             chosen = list(self._circuits) if models is None else list(models)
-            for model in chosen:  # results in the air point at a circuit nobody reads any more
-                self._circuits.pop(model, None)
+            for model in chosen:
+                self._drop(model)
         log.info("circuits_reset", {"models": ",".join(chosen)})
 
-    def keep_only(self, models: Iterable[str]) -> None:
-        """Drop circuits of models that are in no chain any more, once nothing is in the air."""
-        wanted = set(models)
+    def keep_only(self, models: frozenset[str]) -> bool:
+        """Drop circuits of all other models; False while something of them is in the air."""
         with self._lock:
-            for model in [m for m, c in self._circuits.items() if m not in wanted and not c.in_air]:
-                del self._circuits[model]
+            others = [model for model in self._circuits if model not in models]
+            idle = [model for model in others if not self._circuits[model].in_air]
+            for model in idle:
+                self._drop(model)
+        return len(idle) == len(others)
+
+    def _drop(self, model: str) -> None:
+        circuit = self._circuits.pop(model, None)
+        if circuit:  # results in the air are void
+            circuit.generation = self._next_generation()
 
     def snapshot(self) -> dict[str, dict[str, Any]]:
         """{model: {state, strikes, retry_in_sec, reason, last_status, since}} of every circuit."""
@@ -787,13 +754,17 @@ class Upstreams:
         response = line.send(body, flight, connect_s)
         try:
             check_head(response, flight)
-        except Failure as failure:
+        except Failure:
             response.close()
-            if failure.outcome == "unauthorized":
-                self._refused.setdefault(model.upstream.name, now_text())
             raise
-        self._refused.pop(model.upstream.name, None)
         return response
+
+    def note(self, upstream: Upstream, outcome: str) -> None:
+        """Remember for /health whether it takes our key."""
+        if outcome == "unauthorized":
+            self._refused.setdefault(upstream.name, now_text())
+        elif outcome == "success":
+            self._refused.pop(upstream.name, None)
 
     def classify(self, url: str, body: bytes, flight: Flight, timeout_s: float) -> bytes:
         """Ollama's answer as bytes, for the classifier; ClassifierError after `timeout_s`."""
@@ -900,10 +871,18 @@ class Relay:
     def _read_answer(self) -> None:
         data = read_whole(self._response, self._flight)
         body = parse_loosely(data)
-        if not isinstance(body, dict) or (not body.get("error") and not body.get("choices")):
+        body = body if isinstance(body, dict) else {}
+        choices = body.get("choices")
+        choices = (
+            [choice for choice in choices if isinstance(choice, dict)]
+            if isinstance(choices, list)
+            else []
+        )
+        for told in (body, *choices):  # OpenRouter tells it in a choice, too
+            if told.get("error"):
+                raise failure_from(200, told)
+        if not choices:
             raise Failure("not_an_answer", "no choices", 200)
-        if body.get("error"):
-            raise failure_from(200, body)
         self._note(body, "message")
         self.held, self.done = [data], True
         self._check_arguments()
@@ -920,8 +899,8 @@ class Relay:
             if self.done or (self.has_begun and not self._call.whole):
                 return
             if self.has_content and event.kind == "data":
-                until = self._flight.clock() + self._idle_s
-                self._flight.limit("idle", min(until, self._call.deadline))
+                self._flight.limit_first((self._flight.clock() + self._idle_s, "idle"),
+                                         (self._call.deadline, "total"))  # fmt: skip
 
     def _check_held(self) -> None:
         """Failure unless what is held may go to the client."""
@@ -1043,12 +1022,21 @@ class Router:
         self.metrics = Metrics(clock)
         self.classifier = Classifier(self.upstreams.classify, clock)
         self.chooser = Chooser(self.classifier)
+        self._tidied: Table | None = None
+
+    @property
+    def table(self) -> Table:
+        """The table in force; circuits of models that are in no chain any more are forgotten."""
+        table = self.store.table
+        if table is not self._tidied and self.breakers.keep_only(table.chain_ids):
+            self._tidied = table
+        return table
 
     def begin(self, client: socket.socket | None) -> Call:
         """A call that has yet to get its permit (`Flights.board`); `finish` must end it."""
         flight, now = Flight(client, self.clock), self.clock()
         flight.limit("client_left", now + UPLOAD_S)
-        return Call(secrets.token_hex(8), flight=flight, table=self.store.table, started=now)
+        return Call(secrets.token_hex(8), flight=flight, table=self.table, started=now)
 
     def choose(self, call: Call, chat: Chat) -> Decision:
         """Decide where `chat` goes; the dry run asks the same."""
@@ -1127,6 +1115,7 @@ class Router:
                 relay = self._open(call, model, spared=last and not ticket.probe)
             except Failure as failure:
                 self._note_failure(attempt, failure, self.clock() - began)
+                self.upstreams.note(model.upstream, failure.outcome)
                 if self._retry(call, ticket, failure):
                     continue
                 strike = "strike" if VERDICTS[failure.outcome].strike else "none"
@@ -1135,6 +1124,7 @@ class Router:
                 raise
             attempt.seconds = self.clock() - began
             call.relay, call.answer = relay, attempt
+            self.upstreams.note(model.upstream, "success")
             self.breakers.commit(ticket, call.table.breaker["failure_threshold"])
             call.first_token_s = self.clock() - call.started if call.stream else None
             return relay
@@ -1155,7 +1145,7 @@ class Router:
         kind = "first_token" if call.stream else "answer"
         more_s = min(30.0, len(call.chat.text) / 10_000) if call.stream else 0.0
         at = math.inf if spared else self.clock() + timeouts[kind] + more_s
-        call.flight.limit(*min((at, kind), (call.deadline, "total"))[::-1])
+        call.flight.limit_first((at, kind), (call.deadline, "total"))
         body = call.chat.for_model(model.id)
         response = self.upstreams.open(model, body, call.flight, timeouts["connect"])
         relay = Relay(response, call, timeouts["idle"])
@@ -1241,11 +1231,12 @@ class Router:
                 call.answer.price(call.relay.usage)
             if call.ticket:
                 outcome = call.answer.outcome if call.answer else ""
-                failed = (
+                status = call.answer.status if call.answer else None
+                struck = (
                     call.outcome == "failed" and outcome in VERDICTS and VERDICTS[outcome].strike
                 )
-                verdict = "strike" if failed else "good" if call.outcome == "success" else "none"
-                self.breakers.settle(call.ticket, verdict, call.table.breaker, outcome)
+                verdict = "strike" if struck else "good" if call.outcome == "success" else "none"
+                self.breakers.settle(call.ticket, verdict, call.table.breaker, outcome, status)
         finally:
             self.flights.land(call.flight)
             call.seconds = self.clock() - call.started
@@ -1273,95 +1264,18 @@ def _refusal(failures: list[Failure]) -> Failure | None:
             return failure
     refusals = [failure for failure in failures if failure.status in (400, 404, 413, 422)]
     enough = len(refusals) >= 2 or len(refusals) == len(failures)
-    return refusals[0] if enough and any(f.outcome == "refused" for f in refusals) else None
+    return refusals[0] if refusals and enough else None
 
 
 # --- routes ------------------------------------------------------------------------------------
 
 routes = flask.Blueprint("router", __name__)
-CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
-FORWARDED = (
-    "X-Forwarded-For",
-    "X-Forwarded-Host",
-    "X-Forwarded-Proto",
-    "Forwarded",
-    "X-Real-IP",
-    "Via",
-)
-OUR_NAMES = ("localhost", "host.docker.internal")  # the second is how a container calls its host
 
 
 def router() -> Router:
     """The Router of the app that serves this request."""
     found: Router = flask.current_app.extensions["router"]
     return found
-
-
-def guard() -> None:
-    """Host, origin, key and content type of every request, before anything is read."""
-    request, settings = flask.request, router().settings
-    check_origin(request, settings)
-    needed = keys_needed(request, settings)
-    given = request.headers.get("Authorization", "").removeprefix("Bearer ").encode()
-    if needed and not any([hmac.compare_digest(given, key.encode()) for key in needed.values()]):
-        text = f"send the value of {' or '.join(needed)} as Authorization: Bearer ..."
-        raise RouterError(401, "invalid_api_key", text, headers={"WWW-Authenticate": "Bearer"})
-    if request.content_length or "chunked" in request.headers.get("Transfer-Encoding", "").lower():
-        encoding = request.headers.get("Content-Encoding", "identity").lower()
-        if request.mimetype != "application/json" or encoding != "identity":
-            text = "send the body as Content-Type: application/json, not compressed"
-            raise RouterError(415, "unsupported_media_type", text)
-
-
-def check_origin(request: flask.Request, settings: Settings) -> None:
-    """403 for a host name that is not ours (a page may point its own here) or another's page."""
-    host = host_of(request)
-    if host not in OUR_NAMES and host not in settings.allowed_hosts and not is_address(host):
-        text = f"the host name {scrub(host)[:100]!r} is not in ROUTER_ALLOWED_HOSTS"
-        raise RouterError(403, "host_not_allowed", text)
-    origin = request.headers.get("Origin")
-    foreign = origin is not None and urlsplit(origin).netloc != request.environ.get("HTTP_HOST")
-    other_site = request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin")
-    visit = request.path == "/" and request.headers.get("Sec-Fetch-Mode") == "navigate"
-    if foreign or (other_site and not visit):
-        raise RouterError(
-            403, "origin_not_allowed", "pages of another origin may not use this router"
-        )
-
-
-def keys_needed(request: flask.Request, settings: Settings) -> dict[str, str]:
-    """{setting: key}, any of which opens this route; {} when it is open; 403 for outsiders."""
-    path, api_key, token = request.path, settings.api_key, settings.admin_token
-    any_key = {"ROUTER_API_KEY": api_key, "ROUTER_ADMIN_TOKEN": token}
-    needed = {}
-    if path.startswith(("/config/", "/circuit-breaker/")):
-        if not token and not is_local(request):
-            text = "without ROUTER_ADMIN_TOKEN only this machine may change things, and by no proxy"
-            raise RouterError(403, "only_local", text)
-        needed = {"ROUTER_ADMIN_TOKEN": token}
-    elif path in ("/config", "/metrics") or (path == "/route" and api_key):
-        needed = any_key
-    elif path in CHAT_PATHS or path.removeprefix("/v1").startswith("/models"):
-        needed = {"ROUTER_API_KEY": api_key}
-    return {name: key for name, key in needed.items() if key}
-
-
-def host_of(request: flask.Request) -> str:
-    """The Host header without its port and brackets, in lower case."""
-    host = request.environ.get("HTTP_HOST", "").strip().lower()
-    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-
-
-def is_local(request: flask.Request) -> bool:
-    """True when the request comes straight from this machine, as far as one can tell."""
-    direct = not any(name in request.headers for name in FORWARDED)
-    modern = request.environ.get("SERVER_PROTOCOL") == "HTTP/1.1"  # nginx speaks 1.0 by default
-    return (
-        direct
-        and modern
-        and is_loopback(request.remote_addr or "")
-        and is_loopback(host_of(request))
-    )
 
 
 @routes.post("/v1/chat/completions")
@@ -1424,14 +1338,14 @@ def explain(owner: Router, call: Call, chat: Chat) -> dict[str, Any]:
 @routes.get("/models")
 def models() -> dict[str, Any]:
     """OpenAI's list of what `model` may be."""
-    return {"object": "list", "data": [model_entry(id_) for id_ in router().store.table.names()]}
+    return {"object": "list", "data": [model_entry(id_) for id_ in router().table.names()]}
 
 
 @routes.get("/v1/models/<path:name>")
 @routes.get("/models/<path:name>")
 def model(name: str) -> dict[str, Any]:
     """One entry of that list."""
-    if name not in router().store.table.names():
+    if name not in router().table.names():
         raise RouterError(
             404, "model_not_found", "no such model: GET /v1/models lists them", param="model"
         )
@@ -1447,7 +1361,7 @@ def model_entry(id_: str) -> dict[str, Any]:
 @routes.get("/health")
 def health() -> dict[str, Any]:
     """The reference's keys, then what an operator asks next; nobody is called."""
-    store, table = router().store, router().store.table
+    store, table = router().store, router().table
     bad = {"status": "stale", "error": store.error, "since": store.error_since}
     return {
         "status": "degraded" if store.error else "healthy",
@@ -1465,9 +1379,7 @@ def health() -> dict[str, Any]:
 @routes.get("/health/ready")
 def ready() -> tuple[dict[str, Any], int]:
     """200 when some model has its key and a circuit that is not open, 503 otherwise."""
-    chains = (
-        model for category in router().store.table.categories.values() for model in category.models
-    )
+    chains = (model for category in router().table.categories.values() for model in category.models)
     able = (m.id for m in chains if router().upstreams.has_key(m.upstream))
     is_ready = any(router().breakers.would_admit(id_) for id_ in able)
     return {"status": "ready" if is_ready else "not_ready"}, 200 if is_ready else 503
@@ -1476,7 +1388,7 @@ def ready() -> tuple[dict[str, Any], int]:
 @routes.get("/metrics")
 def metrics() -> dict[str, Any]:
     """The reference's figures and ours."""
-    table, circuits = router().store.table, router().breakers.snapshot()
+    table, circuits = router().table, router().breakers.snapshot()
     open_ones = {model: dict(c) for model, c in circuits.items() if c["state"] != "closed"}
     for circuit in open_ones.values():
         del circuit["strikes"]
@@ -1497,7 +1409,7 @@ def metrics() -> dict[str, Any]:
 @routes.get("/config")
 def config() -> flask.Response:
     """The table in force, without keys; its ETag is for If-Match."""
-    table = router().store.table
+    table = router().table
     shown = table.as_json()
     for upstream in table.upstreams.values():
         shown["upstreams"][upstream.name]["configured"] = router().upstreams.has_key(upstream)
@@ -1526,17 +1438,15 @@ def drop_category(name: str) -> dict[str, Any]:
 
 
 def changed(edit: Callable[[Table], str]) -> Table:
-    """The table after `edit` was written to routes.json; circuits of gone models are forgotten."""
-    table = router().store.change(edit, flask.request.headers.get("If-Match"))
-    router().breakers.keep_only(model.id for c in table.categories.values() for model in c.models)
-    return table
+    """The table after `edit` was written to routes.json."""
+    return router().store.change(edit, flask.request.headers.get("If-Match"))
 
 
 @routes.post("/circuit-breaker/reset/<path:name>")
 def reset(name: str) -> dict[str, Any]:
     """Forget the strikes of one model, by full or short name."""
-    known = router().store.table.resolve(name) or name
-    if known not in router().store.table.models and known not in router().breakers.snapshot():
+    known = router().table.resolve(name) or name
+    if known not in router().table.models and known not in router().breakers.snapshot():
         raise RouterError(404, "model_not_found", "no such model: GET /v1/models lists them")
     router().breakers.reset([known])
     return {"status": "ok", "model": known}
@@ -1580,7 +1490,7 @@ def create_app(settings: Settings | None = None, *, session: requests.Session | 
     app.extensions["schemas"] = request_schemas()
     rejections = log_rejections(settings.validation_log)
     app.register_blueprint(routes)
-    app.before_request(guard)
+    app.before_request(lambda: guard(flask.request, settings))
     app.after_request(add_headers)
     app.register_error_handler(Exception, lambda e: error_response(translated(e), rejections))
     if owner.store.table.mode != "keywords":

@@ -148,10 +148,15 @@ class Table:
             for id_, m in self.models.items()
         }
 
+    @cached_property
+    def chain_ids(self) -> frozenset[str]:
+        """The models that stand in any chain."""
+        return frozenset(model.id for c in self.categories.values() for model in c.models)
+
     def names(self) -> list[str]:
         """What `model` may be: `router`, `router/<category>` and every model of a chain."""
-        chains = (model.id for category in self.categories.values() for model in category.models)
-        return ["router", *(f"router/{name}" for name in self.categories), *dict.fromkeys(chains)]
+        chains = [id_ for id_ in self.models if id_ in self.chain_ids]
+        return ["router", *(f"router/{name}" for name in self.categories), *chains]
 
     def as_json(self) -> dict[str, Any]:
         """The reference's keys for GET /config and the rest of the table; it holds no keys."""

@@ -64,6 +64,10 @@ class Flight:
         """From now on the watcher ends the flight as `kind` when the clock passes `at`."""
         self.hold_kind, self.hold_until = kind, at
 
+    def limit_first(self, *limits: tuple[float, str]) -> None:
+        """The same with whichever (time, kind) comes first."""
+        self.hold_until, self.hold_kind = min(limits)
+
     def end(self, why: str) -> None:
         """Shut the upstream socket down; its reader wakes up and finds `why`."""
         with self._lock:

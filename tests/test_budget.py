@@ -70,7 +70,7 @@ def test_public_functions_have_docstrings(path):
 def test_sections_of_router_stand_in_the_order_of_its_path():
     text = (ROOT / "router.py").read_text()
     names = [
-        "errors", "reading a request", "circuit breakers", "choosing a category", "upstreams",
+        "reading a request", "circuit breakers", "choosing a category", "upstreams",
         "the router: walk, relay", "routes", "application",
     ]  # fmt: skip
 

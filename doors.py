@@ -1,0 +1,133 @@
+"""The doors: who may come in, and what a refusal looks like.
+
+`guard` looks at a request's head only: host name, origin, key, content type. A page in somebody's
+browser, a stranger behind a careless proxy and a client without its key are all told apart here.
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import flask
+
+from startup import Settings
+from wire import is_address, is_loopback
+
+CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
+FORWARDED = (
+    "X-Forwarded-For",
+    "X-Forwarded-Host",
+    "X-Forwarded-Proto",
+    "Forwarded",
+    "X-Real-IP",
+    "Via",
+)
+OUR_NAMES = ("localhost", "host.docker.internal")  # the second is how a container calls its host
+
+
+class RouterError(Exception):
+    """An answer to the client that is an error: status, kind and a sentence to act on."""
+
+    def __init__(self, status: int, kind: str, message: str, *, param: str | None = None,
+                 code: str | None = None, headers: Mapping[str, str] | None = None,
+                 detail: list[dict[str, Any]] | None = None,
+                 attempts: list[dict[str, Any]] | None = None):  # fmt: skip
+        super().__init__(message)
+        self.status = status
+        self.headers = dict(headers or {})
+        self.detail = detail
+        self.error = {"message": message, "type": kind, "param": param, "code": code or kind}
+        if attempts is not None:
+            self.error["attempts"] = attempts  # type: ignore[assignment]
+
+    def body(self) -> dict[str, Any]:
+        """The envelope of OpenAI's API, which OpenClaw and the SDKs show best."""
+        return {"error": self.error} | ({} if self.detail is None else {"detail": self.detail})
+
+
+def invalid(detail: list[dict[str, Any]]) -> RouterError:
+    """The 422 for a body that does not fit: `detail` holds [{loc, msg}], never values."""
+    where = ".".join(str(part) for part in detail[0]["loc"])
+    message = f"{where}: {detail[0]['msg']}"
+    return RouterError(422, "invalid_request_error", message, param=where, detail=detail)
+
+
+_KEY_SHAPES = re.compile(r"(?i)bearer\s+\S+|\b(?:sk|pk|rk|key|gsk|xai)[-_][\w-]{8,}|AIza[\w-]{20,}")
+
+
+def scrub(text: str, known: Iterable[str] = ()) -> str:
+    """`text` for a person: known secrets and key-like words masked, controls gone, 600 chars."""
+    for secret in filter(None, known):
+        text = text.replace(secret, "***")
+    text = _KEY_SHAPES.sub("***", text[:4000])[:600]
+    return "".join(c if c.isprintable() else " " for c in text).strip()
+
+
+def guard(request: flask.Request, settings: Settings) -> None:
+    """Host, origin, key and content type of every request, before anything is read."""
+    check_origin(request, settings)
+    needed = keys_needed(request, settings)
+    given = request.headers.get("Authorization", "").removeprefix("Bearer ").encode()
+    if needed and not any([hmac.compare_digest(given, key.encode()) for key in needed.values()]):
+        text = f"send the value of {' or '.join(needed)} as Authorization: Bearer ..."
+        raise RouterError(401, "invalid_api_key", text, headers={"WWW-Authenticate": "Bearer"})
+    if request.content_length or "chunked" in request.headers.get("Transfer-Encoding", "").lower():
+        encoding = request.headers.get("Content-Encoding", "identity").lower()
+        if request.mimetype != "application/json" or encoding != "identity":
+            text = "send the body as Content-Type: application/json, not compressed"
+            raise RouterError(415, "unsupported_media_type", text)
+
+
+def check_origin(request: flask.Request, settings: Settings) -> None:
+    """403 for a host name that is not ours (a page may point its own here) or another's page."""
+    host = host_of(request)
+    if host not in OUR_NAMES and host not in settings.allowed_hosts and not is_address(host):
+        text = f"the host name {scrub(host)[:100]!r} is not in ROUTER_ALLOWED_HOSTS"
+        raise RouterError(403, "host_not_allowed", text)
+    origin = request.headers.get("Origin")
+    foreign = origin is not None and urlsplit(origin).netloc != request.environ.get("HTTP_HOST")
+    other_site = request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin")
+    visit = request.path == "/" and request.headers.get("Sec-Fetch-Mode") == "navigate"
+    if foreign or (other_site and not visit):
+        raise RouterError(
+            403, "origin_not_allowed", "pages of another origin may not use this router"
+        )
+
+
+def keys_needed(request: flask.Request, settings: Settings) -> dict[str, str]:
+    """{setting: key}, any of which opens this route; {} when it is open; 403 for outsiders."""
+    path, api_key, token = request.path, settings.api_key, settings.admin_token
+    any_key = {"ROUTER_API_KEY": api_key, "ROUTER_ADMIN_TOKEN": token}
+    needed = {}
+    if path.startswith(("/config/", "/circuit-breaker/")):
+        if not token and not is_local(request):
+            text = "without ROUTER_ADMIN_TOKEN only this machine may change things, and by no proxy"
+            raise RouterError(403, "only_local", text)
+        needed = {"ROUTER_ADMIN_TOKEN": token}
+    elif path in ("/config", "/metrics") or (path == "/route" and api_key):
+        needed = any_key
+    elif path in CHAT_PATHS or path.removeprefix("/v1").startswith("/models"):
+        needed = {"ROUTER_API_KEY": api_key}
+    return {name: key for name, key in needed.items() if key}
+
+
+def host_of(request: flask.Request) -> str:
+    """The Host header without its port and brackets, in lower case."""
+    host = request.environ.get("HTTP_HOST", "").strip().lower()
+    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+
+
+def is_local(request: flask.Request) -> bool:
+    """True when the request comes straight from this machine, as far as one can tell."""
+    direct = not any(name in request.headers for name in FORWARDED)
+    modern = request.environ.get("SERVER_PROTOCOL") == "HTTP/1.1"  # nginx speaks 1.0 by default
+    return (
+        direct
+        and modern
+        and is_loopback(request.remote_addr or "")
+        and is_loopback(host_of(request))
+    )
