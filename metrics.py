@@ -13,10 +13,18 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from prometheus_client.core import (
+    CollectorRegistry,
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
+from prometheus_client.exposition import choose_encoder
 
 from routes_file import Model, Table, now_text
 
@@ -160,6 +168,7 @@ class Metrics:
         """Book a request that ended before anything was known of it."""
         with self._lock:
             self._counts["requests", "rejected"] += 1
+            self._counts["route", "none", "none", "rejected"] += 1
 
     def record(self, call: Record) -> None:
         """Book one request. Only labels of the configuration become keys."""
@@ -167,13 +176,13 @@ class Metrics:
         outcome, today = call.counted_as, _today()
         with self._lock:
             self._counts["requests", outcome] += 1
+            self._counts["route", call.category, call.mode, outcome] += 1
             self._observe("choose", call.mode, call.choose_s, FINE_BUCKETS_S)
             for attempt in call.attempts:
                 self._book_attempt(attempt, today)
             if outcome == "success" and call.last:
                 self._book_success(call, call.last.model.id)
             if outcome in ("success", "failed"):
-                self._counts["route", call.category, call.mode, outcome] += 1
                 self._observe("duration", call.category, call.seconds, BUCKETS_S)
             self._recent.append(entry)
 
@@ -246,6 +255,71 @@ class Metrics:
             "avg_choosing_ms": _average_ms("choose", _observed("choose", counts), sums),
             "uptime_sec": round(self._clock() - self._started, 1),
         }
+
+    def collect(self) -> Iterator[Any]:
+        """The same counters as Prometheus metric families, for a prometheus-client registry."""
+        with self._lock:
+            counts, sums = dict(self._counts), dict(self._sums)
+        for name, key, labels, text in COUNTERS:
+            family = CounterMetricFamily(f"llm_router_{name}", text, labels=labels)
+            values: Mapping[Key, float] = sums if key == "cost" else counts
+            for k, value in values.items():
+                if k[0] == key:
+                    family.add_metric(k[1:], value)
+            yield family
+        for title, first, label, told, bounds in HISTOGRAMS:
+            histogram = HistogramMetricFamily(f"llm_router_{title}_seconds", told, labels=[label])
+            for value in dict.fromkeys(k[1] for k in counts if k[0] == first):
+                buckets, total = [], 0
+                for bound in (*bounds, math.inf):
+                    total += counts.get((first, value, str(bound)), 0)
+                    buckets.append(("+Inf" if bound == math.inf else str(bound), total))
+                histogram.add_metric([value], buckets, sums.get((first, value), 0.0))
+            yield histogram
+
+
+# name, first part of the counters' keys, labels (the rest of the keys), help
+COUNTERS = (
+    ("requests", "route", ("category", "mode", "outcome"), "Chat requests that ended"),
+    ("attempts", "attempt", ("model", "outcome"), "Tries of a model"),
+    ("tokens", "tokens", ("model", "kind"), "Tokens as upstreams counted them"),
+    ("cost_usd", "cost", ("model",), "US dollars, where the price is known"),
+)
+HISTOGRAMS = (
+    ("request_duration", "duration", "category", "From the request to its end", BUCKETS_S),
+    ("time_to_first_token", "first_token", "model", "Of streams", BUCKETS_S),
+    ("classify_duration", "choose", "mode", "Time spent choosing a category", FINE_BUCKETS_S),
+)
+
+
+class Gauges:
+    """What is so now: circuits (0 closed, 1 half-open, 2 open), requests in flight, the version."""
+
+    def __init__(self, circuits: Mapping[str, str], in_flight: int, version: str):
+        self._circuits = circuits
+        self._in_flight = in_flight
+        self._version = version
+
+    def collect(self) -> Iterator[Any]:
+        """As Prometheus metric families."""
+        text = "0 closed, 1 half-open, 2 open"
+        family = GaugeMetricFamily("llm_router_circuit_state", text, labels=["model"])
+        for model, state in self._circuits.items():
+            family.add_metric([model], ("closed", "half-open", "open").index(state))
+        yield family
+        yield GaugeMetricFamily("llm_router_in_flight", "Requests in flight", self._in_flight)
+        info = GaugeMetricFamily("llm_router_build_info", "The version", labels=["version"])
+        info.add_metric([self._version], 1)
+        yield info
+
+
+def as_prometheus(accept: str, *collectors: Any) -> tuple[bytes, str]:
+    """The text and its content type, in the format that `accept` asks for."""
+    registry = CollectorRegistry(auto_describe=False)
+    for collector in collectors:
+        registry.register(collector)
+    encoder, content_type = choose_encoder(accept)
+    return encoder(registry), content_type
 
 
 def _today() -> str:

@@ -51,7 +51,15 @@ from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntity
 
 from doors import CHAT_PATHS, RouterError, guard, invalid, scrub
 from judge import VERDICTS, check_head, failure_from
-from metrics import Attempt, Metrics, Record, log_rejections, log_to_stderr
+from metrics import (
+    Attempt,
+    Gauges,
+    Metrics,
+    Record,
+    as_prometheus,
+    log_rejections,
+    log_to_stderr,
+)  # fmt: skip
 from prompts import (
     LOOK_BACK,
     POINTERS,
@@ -1386,9 +1394,16 @@ def ready() -> tuple[dict[str, Any], int]:
 
 
 @routes.get("/metrics")
-def metrics() -> dict[str, Any]:
-    """The reference's figures and ours."""
+def metrics() -> dict[str, Any] | flask.Response:
+    """The reference's figures and ours, or the same as Prometheus text for who asks for that."""
     table, circuits = router().table, router().breakers.snapshot()
+    accept = flask.request.headers.get("Accept", "")
+    wanted = flask.request.args.get("format") == "prometheus"
+    if wanted or "openmetrics-text" in accept or "text/plain" in accept:
+        states = {model: circuit["state"] for model, circuit in circuits.items()}
+        gauges = Gauges(states, len(router().flights), VERSION)
+        text, content_type = as_prometheus(accept, router().metrics, gauges)
+        return flask.Response(text, content_type=content_type)
     open_ones = {model: dict(c) for model, c in circuits.items() if c["state"] != "closed"}
     for circuit in open_ones.values():
         del circuit["strikes"]
