@@ -263,9 +263,9 @@ class Metrics:
         for name, key, labels, text in COUNTERS:
             family = CounterMetricFamily(f"llm_router_{name}", text, labels=labels)
             values: Mapping[Key, float] = sums if key == "cost" else counts
-            for k, value in values.items():
+            for k, amount in values.items():
                 if k[0] == key:
-                    family.add_metric(k[1:], value)
+                    family.add_metric(k[1:], amount)
             yield family
         for title, first, label, told, bounds in HISTOGRAMS:
             histogram = HistogramMetricFamily(f"llm_router_{title}_seconds", told, labels=[label])

@@ -167,11 +167,17 @@ class Chat:
 
 def read_body(request: flask.Request) -> bytes:
     """The request body; RouterError 413 when it is too large, 499 when it was cut short."""
+    most = request.max_content_length or 0  # one more than allowed: werkzeug cuts chunked bodies
     try:
-        return request.get_data(cache=False)
+        data = request.get_data(cache=False)
+        if len(data) >= most:
+            raise RequestEntityTooLarge
+        if len(data) < (request.content_length or 0):
+            raise ClientDisconnected
+        return data
     except RequestEntityTooLarge as e:
-        most = f"{(request.max_content_length or 0) >> 20} MB (ROUTER_MAX_BODY_MB)"
-        raise RouterError(413, "request_too_large", f"the body is over {most}") from e
+        text = f"the body is over {most >> 20} MB (ROUTER_MAX_BODY_MB)"
+        raise RouterError(413, "request_too_large", text) from e
     except ParseException as e:  # chunk sizes that lie
         raise RouterError(400, "bad_request", "the chunked body is malformed") from e
     except (ClientDisconnected, OSError) as e:
@@ -842,6 +848,12 @@ class Call(Record):
         return headers
 
 
+def choices_of(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The choices of an answer or an event, as far as they have the right shape."""
+    choices = body.get("choices")
+    return [c for c in choices if isinstance(c, dict)] if isinstance(choices, list) else []
+
+
 class Relay:
     """One upstream answer: held until it has begun (or is complete), then passed on as it comes."""
 
@@ -856,7 +868,7 @@ class Relay:
         self._flight = call.flight
         self._idle_s = idle_s
         self._events = read_events(read_chunks(response, call.flight))
-        self._arguments: dict[tuple[int, int], str] = {}  # of tool calls, in whole-answer mode
+        self._arguments: dict[tuple[str, str], str] = {}  # of tool calls, in whole-answer mode
 
     def prepare(self) -> None:
         """Read up to the commit; Failure while another model may still be tried."""
@@ -869,7 +881,7 @@ class Relay:
         else:
             self._hold_events()
             self._check_held()
-        self._flight.limit("", math.inf)
+        self._to_client(b"")
 
     @property
     def has_begun(self) -> bool:
@@ -880,16 +892,10 @@ class Relay:
         data = read_whole(self._response, self._flight)
         body = parse_loosely(data)
         body = body if isinstance(body, dict) else {}
-        choices = body.get("choices")
-        choices = (
-            [choice for choice in choices if isinstance(choice, dict)]
-            if isinstance(choices, list)
-            else []
-        )
-        for told in (body, *choices):  # OpenRouter tells it in a choice, too
+        for told in (body, *choices_of(body)):  # OpenRouter tells it in a choice, too
             if told.get("error"):
                 raise failure_from(200, told)
-        if not choices:
+        if not choices_of(body):
             raise Failure("not_an_answer", "no choices", 200)
         self._note(body, "message")
         self.held, self.done = [data], True
@@ -898,6 +904,13 @@ class Relay:
             raise Failure("empty", status=200)
 
     def _hold_events(self) -> None:
+        try:
+            self._hold_until_begun()
+        except Failure:  # after a finish_reason any end is a good one
+            if not self.finish_reason or self._flight.why == "client_left":
+                raise
+
+    def _hold_until_begun(self) -> None:
         size = 0
         for event in self._events:
             self.held.append(self._take(event))
@@ -945,40 +958,40 @@ class Relay:
     def _note(self, body: Mapping[str, Any], part: str) -> None:
         if isinstance(body.get("usage"), dict):
             self.usage = body["usage"]
-        choices = body.get("choices")
-        for n, choice in enumerate(choices if isinstance(choices, list) else ()):
-            said = choice.get(part) if isinstance(choice, dict) else None
+        for choice in choices_of(body):
+            said = choice.get(part)
             if isinstance(said, dict):
                 self.has_content = self.has_content or any(map(said.get, SAYS))
                 if self._call.whole:
-                    self._note_arguments(n, said.get("tool_calls"))
-            if isinstance(choice, dict) and isinstance(choice.get("finish_reason"), str):
+                    self._note_arguments(str(choice.get("index")), said.get("tool_calls"))
+            if isinstance(choice.get("finish_reason"), str):
                 self.finish_reason = choice["finish_reason"]
 
-    def _note_arguments(self, choice: int, calls: Any) -> None:
+    def _note_arguments(self, choice: str, calls: Any) -> None:
         for n, tool in enumerate(calls if isinstance(calls, list) else ()):
             function = tool.get("function") if isinstance(tool, dict) else None
             text = function.get("arguments") if isinstance(function, dict) else None
             if isinstance(text, str):
-                index = tool.get("index")
-                key = (choice, index if isinstance(index, int) else n)
+                key = (choice, str(tool.get("index", n)))
                 self._arguments[key] = self._arguments.get(key, "") + text
 
     def stream(self) -> Iterator[bytes]:
         """The answer's bytes. After the commit a failure is told in the stream, never hidden."""
         try:
             yield self._to_client(b"".join(self.held))
-            until = self._flight.clock() + self._idle_s
+            left_s = self._idle_s
             while not self.done:
-                self._flight.limit("idle", until)
+                began = self._flight.clock()
+                self._flight.limit("idle", began + left_s)
                 event = next(self._events, None)
                 if event is None:
                     break
+                # An upstream that only says it is alive has stalled: a comment wins it no time.
+                left_s -= self._flight.clock() - began
+                left_s = left_s if event.kind == "comment" else self._idle_s
                 out = self._to_client(self._take(event))
                 if out:
                     yield out
-                if event.kind != "comment":  # an upstream that only says it is alive has stalled
-                    until = self._flight.clock() + self._idle_s
             failure = Failure("cut", status=200)
         except Failure as e:
             failure = e
@@ -1159,9 +1172,10 @@ class Router:
         relay = Relay(response, call, timeouts["idle"])
         try:
             relay.prepare()
-        except Failure as failure:
-            failure.relay = relay
+        except BaseException as e:  # a bug of ours must not leave the connection open either
             relay.close()
+            if isinstance(e, Failure):
+                e.relay = relay
             raise
         return relay
 
@@ -1497,7 +1511,7 @@ def create_app(settings: Settings | None = None, *, session: requests.Session | 
         session.mount("demo://", demo.DemoAdapter())
     app = flask.Flask("llm-router", static_folder=None)
     app.config.update(
-        MAX_CONTENT_LENGTH=settings.max_body_mb << 20, PROVIDE_AUTOMATIC_OPTIONS=False
+        MAX_CONTENT_LENGTH=(settings.max_body_mb << 20) + 1, PROVIDE_AUTOMATIC_OPTIONS=False
     )
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.url_map.merge_slashes = False  # it would answer // with a redirect

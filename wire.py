@@ -53,8 +53,7 @@ class Flight:
         self.client = client
         self.clock = clock
         self.why: str | None = None  # what ended it, because a shutdown looks like a reset
-        self.hold_until = math.inf
-        self.hold_kind = ""
+        self.due: tuple[float, str] = (math.inf, "")  # one value, so that the two always agree
         self.landed = False
         self._over = threading.Event()
         self._lock = threading.Lock()  # guards _sock; held during its shutdown, which cannot block
@@ -62,11 +61,11 @@ class Flight:
 
     def limit(self, kind: str, at: float) -> None:
         """From now on the watcher ends the flight as `kind` when the clock passes `at`."""
-        self.hold_kind, self.hold_until = kind, at
+        self.due = (at, kind)
 
     def limit_first(self, *limits: tuple[float, str]) -> None:
         """The same with whichever (time, kind) comes first."""
-        self.hold_until, self.hold_kind = min(limits)
+        self.due = min(limits)
 
     def end(self, why: str) -> None:
         """Shut the upstream socket down; its reader wakes up and finds `why`."""
@@ -85,7 +84,7 @@ class Flight:
     def next_attempt(self) -> None:
         """Forget a deadline that ended the last attempt, but not a client that left."""
         with self._lock:
-            self.hold_until = math.inf
+            self.due = (math.inf, "")
             if self.why not in (None, "client_left", "total"):
                 self.why = None
                 self._over.clear()
@@ -163,20 +162,20 @@ class Flights:
             time.sleep(TICK_S)
             try:
                 self.look()
-            except Exception:  # noqa: BLE001  must outlive anything: without the watcher nothing ever ends
+            except Exception:  # noqa: BLE001  must outlive anything: else nothing ever ends
                 log.error("watcher_error", {"where": where_it_broke()})
 
     def look(self) -> None:
         """End every flight whose client left or whose deadline passed."""
         with self._lock:
             air = list(self._air)
-        left = clients_that_left(air)
-        now = self._clock()
+        left, now = clients_that_left(air), self._clock()
         for flight in air:
+            due, kind = flight.due
             if flight in left:
                 flight.end("client_left")
-            elif now >= flight.hold_until:
-                flight.end(flight.hold_kind)
+            elif now >= due:
+                flight.end(kind)
 
 
 def clients_that_left(air: Iterable[Flight]) -> set[Flight]:
@@ -184,10 +183,10 @@ def clients_that_left(air: Iterable[Flight]) -> set[Flight]:
     by_fd: dict[int, Flight] = {}
     poll = select.poll()
     for flight in air:
-        fd = flight.client.fileno() if flight.client is not None else -1
-        if fd >= 0:
-            by_fd[fd] = flight
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # no socket, or closed
+            fd = flight.client.fileno()  # type: ignore[union-attr]
             poll.register(fd, _LEFT or select.POLLIN)
+            by_fd[fd] = flight
     gone = {by_fd[fd] for fd, _ in poll.poll(0)}
     return gone if _LEFT else {flight for flight in gone if flight.client_left()}
 
@@ -347,7 +346,7 @@ def translated(flight: Flight) -> Iterator[None]:
         yield
     except requests.exceptions.SSLError as e:
         raise Failure(flight.why or "tls") from e
-    except requests.exceptions.ConnectTimeout as e:
+    except requests.exceptions.Timeout as e:  # also a TLS handshake that does not end
         raise Failure(flight.why or "connect") from e
     except requests.exceptions.ConnectionError as e:
         reached = isinstance(e.args[0] if e.args else e, urllib3.exceptions.ProtocolError)
@@ -420,18 +419,18 @@ _EVENT_END = re.compile(rb"\r?\n\r?\n|\r\r")
 
 def read_events(chunks: Iterable[bytes]) -> Iterator[Event]:
     """Complete events, as soon as they are complete; a tail without its blank line counts."""
-    buffer = b""
+    buffer = bytearray()  # appending to bytes would copy a trickled event again and again
     for chunk in chunks:
         at, seen = 0, max(0, len(buffer) - 3)
         buffer += chunk
-        for match in _EVENT_END.finditer(buffer, seen):
-            yield parse_event(buffer[at : match.end()])
-            at = match.end()
-        buffer = buffer[at:]
+        for end in [match.end() for match in _EVENT_END.finditer(buffer, seen)]:
+            yield parse_event(bytes(buffer[at:end]))
+            at = end
+        del buffer[:at]
         if len(buffer) > MAX_EVENT:
             raise Failure("not_an_answer", f"an event over {MAX_EVENT} bytes")
     if buffer.strip():
-        yield parse_event(buffer.rstrip(b"\r\n") + b"\n\n")
+        yield parse_event(bytes(buffer).rstrip(b"\r\n") + b"\n\n")
 
 
 def parse_event(raw: bytes) -> Event:

@@ -1,0 +1,480 @@
+"""The wire: server-sent events as they are cut into packets, and flights that can be ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from conftest import LocalClient
+from upstream import DONE, Upstream, chunk, events, hang, pieces, stream, whole
+from werkzeug.test import EnvironBuilder
+
+import wire
+from wire import Failure, Flight, Flights, Full, Line, new_session, parse_event, read_events
+
+SMALL = b'{"model": "acme/one", "messages": []}'
+
+
+def wait_until(is_so: Callable[[], Any], seconds: float = 5.0) -> None:
+    """Return as soon as `is_so()`; fail when it is not within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline, f"not so within {seconds} s"
+        time.sleep(0.01)
+
+
+def in_pieces(data: bytes, size: int) -> Iterator[bytes]:
+    return (data[at : at + size] for at in range(0, len(data), size))
+
+
+def kinds(data: bytes) -> list[str]:
+    return [event.kind for event in read_events([data])]
+
+
+# --- events --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 64])
+def test_characters_cut_across_packets_stay_whole(size):
+    sent = 'data: {"a": "é€😀"}\n\n'.encode() * 3
+
+    found = list(read_events(in_pieces(sent, size)))
+
+    assert [event.data for event in found] == [{"a": "é€😀"}] * 3
+    assert b"".join(event.raw for event in found) == sent
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 1000])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+def test_every_line_end_of_the_standard_ends_an_event_once(end, size):
+    sent = (b'data: {"n": 1}' + end * 2) * 2 + b"data: [DONE]" + end * 2
+
+    found = list(read_events(in_pieces(sent, size)))
+
+    assert [event.kind for event in found] == ["data", "data", "done"]
+    assert b"".join(event.raw for event in found) == sent
+
+
+def test_an_event_is_there_before_the_next_packet_comes():
+    packets = iter([b'data: {"n": 1}\n\ndata: {"n"', b": 2}\n\n"])
+    found = read_events(packets)
+
+    first = next(found)
+
+    assert first.data == {"n": 1}
+    assert next(packets) == b": 2}\n\n"
+
+
+def test_several_data_lines_are_one_value():
+    event = parse_event(b'event: x\ndata: {"a":\ndata:  1}\nid: 7\n\n')
+
+    assert event.kind == "data"
+    assert event.data == {"a": 1}
+
+
+def test_a_tail_without_its_blank_line_counts():
+    found = list(read_events([b'data: {"n": 1}\n\ndata: [DONE]']))
+
+    assert [event.kind for event in found] == ["data", "done"]
+    assert found[-1].raw == DONE
+
+
+def test_a_tail_of_half_an_event_is_malformed():
+    assert kinds(b'data: {"n": 1}\n\ndata: {"n":') == ["data", "malformed"]
+
+
+@pytest.mark.parametrize(
+    "raw", [b": OPENROUTER PROCESSING\n\n", b"event: ping\n\n", b"retry: 10\n\n", b"id: 1\n\n"]
+)
+def test_what_holds_no_data_is_a_comment(raw):
+    assert kinds(raw) == ["comment"]
+
+
+def test_a_comment_line_inside_an_event_does_not_hide_its_data():
+    assert kinds(b': note\ndata: {"n": 1}\n\n') == ["data"]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"data: {oops\n\n",
+        b"data: [1]\n\n",
+        b'data: "text"\n\n',
+        b"data: \xff\xfe\n\n",
+        b"<html>\n\n",
+        b"data: " + b"[" * 100_000 + b"\n\n",
+    ],
+)
+def test_what_is_no_object_is_malformed_and_no_error(raw):
+    assert kinds(raw + b'data: {"n": 1}\n\n') == ["malformed", "data"]
+
+
+def test_an_event_beyond_all_measure_is_refused_before_it_is_complete(monkeypatch):
+    monkeypatch.setattr(wire, "MAX_EVENT", 1000)
+    endless = iter([b"data: " + b"x" * 600, b"x" * 600, b"never asked for"])
+
+    with pytest.raises(Failure) as caught:
+        list(read_events(endless))
+
+    assert caught.value.outcome == "not_an_answer"
+    assert next(endless) == b"never asked for"
+
+
+def test_many_small_events_may_be_larger_together_than_one_may_be(monkeypatch):
+    monkeypatch.setattr(wire, "MAX_EVENT", 1000)
+
+    assert len(list(read_events([b'data: {"n": 1}\n\n' * 500]))) == 500
+
+
+def seconds_to_read(size: int) -> float:
+    sent = b'data: {"a": "' + b"x" * size + b'"}\n\n'
+    before = time.thread_time()
+    assert len(list(read_events(in_pieces(sent, 8)))) == 1
+    return time.thread_time() - before
+
+
+def test_a_trickled_event_is_read_in_linear_time():
+    small = min(seconds_to_read(100_000) for _ in range(3))
+
+    large = seconds_to_read(800_000)
+
+    assert large < 8 * small * 3
+
+
+# --- flights -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield ours, theirs
+
+
+def test_a_flight_ends_when_the_clock_passes_its_limit(clock):
+    flights, flight = Flights(16, clock), Flight(None, clock)
+    flights.board(flight)
+    flight.limit("idle", clock() + 30)
+
+    flights.look()
+    before = flight.why
+    clock += 30
+    flights.look()
+
+    assert (before, flight.why) == (None, "idle")
+
+
+def test_the_first_reason_stays(clock):
+    flight = Flight(None, clock)
+
+    flight.end("first_token")
+    flight.end("client_left")
+
+    assert flight.why == "first_token"
+
+
+@pytest.mark.parametrize("why", ["client_left", "total"])
+def test_the_next_attempt_does_not_forget_what_ended_the_request(clock, why):
+    flight = Flight(None, clock)
+    flight.end(why)
+
+    flight.next_attempt()
+
+    assert flight.why == why
+
+
+@pytest.mark.parametrize("why", ["first_token", "answer", "idle", "classify"])
+def test_the_next_attempt_forgets_what_ended_the_last_one(clock, why):
+    flight = Flight(None, clock)
+    flight.end(why)
+
+    flight.next_attempt()
+
+    assert flight.why is None
+    assert flight.due[0] > clock() + 1e9
+
+
+def test_a_wait_ends_with_the_flight(clock):
+    flight = Flight(None, clock)
+    waiter = threading.Thread(target=flight.wait, args=(60,))
+    waiter.start()
+
+    flight.end("client_left")
+    waiter.join(5)
+
+    assert not waiter.is_alive()
+
+
+@pytest.mark.parametrize("has_rdhup", [True, False])
+@pytest.mark.parametrize("half", [True, False])
+def test_a_client_that_closes_or_half_closes_has_left(clock, pair, half, has_rdhup, monkeypatch):
+    monkeypatch.setattr(wire, "_LEFT", wire._LEFT if has_rdhup else 0)
+    flights, flight = Flights(16, clock), Flight(pair[0], clock)
+    flights.board(flight)
+
+    pair[1].shutdown(socket.SHUT_WR) if half else pair[1].close()
+    flights.look()
+
+    assert flight.why == "client_left"
+
+
+@pytest.mark.parametrize("has_rdhup", [True, False])
+@pytest.mark.parametrize("sent", [b"", b"GET /"])
+def test_a_client_that_waits_or_sends_ahead_has_not_left(clock, pair, sent, has_rdhup, monkeypatch):
+    monkeypatch.setattr(wire, "_LEFT", wire._LEFT if has_rdhup else 0)
+    flights, flight = Flights(16, clock), Flight(pair[0], clock)
+    flights.board(flight)
+
+    pair[1].sendall(sent)
+    flights.look()
+
+    assert flight.why is None
+
+
+def test_the_watcher_sees_a_client_leave_without_being_asked(pair):
+    flights, flight = Flights(16), Flight(pair[0], time.monotonic)
+    flights.board(flight)
+
+    pair[1].close()
+
+    wait_until(lambda: flight.why == "client_left", 1.0)
+
+
+def test_permits_are_as_many_as_the_threads_less_the_reserve(clock):
+    flights = Flights(10, clock)
+    flights.board(Flight(None, clock))
+    flights.board(Flight(None, clock))
+
+    with pytest.raises(Full, match="2 requests"):
+        flights.board(Flight(None, clock))
+
+    assert len(flights) == 2
+
+
+def test_few_threads_still_give_one_permit(clock):
+    assert Flights(1, clock).limit == 1
+
+
+def test_a_landed_flight_gives_its_permit_back_once(clock):
+    flights, first = Flights(9, clock), Flight(None, clock)
+    flights.board(first)
+
+    flights.land(first)
+    flights.land(first)
+    flights.board(Flight(None, clock))
+
+    assert len(flights) == 1
+
+
+def test_a_landed_flight_is_not_ended_any_more(clock, pair):
+    flights, flight = Flights(16, clock), Flight(pair[0], clock)
+    flights.board(flight)
+    flight.attach(pair[1])
+
+    flights.land(flight)
+    flight.end("client_left")
+    pair[1].sendall(b"x")
+
+    assert pair[0].recv(1) == b"x"
+
+
+def test_one_flight_that_cannot_be_watched_does_not_keep_the_others_alive(clock, pair):
+    flights, healthy = Flights(16, clock), Flight(pair[0], clock)
+    no_socket: Any = object()
+    broken = Flight(no_socket, clock)
+    flights.board(broken)
+    flights.board(healthy)
+
+    pair[1].close()
+
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(flights.land, broken)
+        wait_until(lambda: healthy.why == "client_left", 1.0)
+
+
+# --- the traps of DESIGN 9 -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as found:
+        yield found
+
+
+def url_of(listener: socket.socket, scheme: str = "http") -> str:
+    return f"{scheme}://127.0.0.1:{listener.getsockname()[1]}/v1/chat/completions"
+
+
+def send_in_thread(url: str, flight: Flight, connect_s: float = 10.0) -> Future[Any]:
+    pool = ThreadPoolExecutor(1)
+    found = pool.submit(Line(new_session(4), url, {}).send, SMALL, flight, connect_s)
+    pool.shutdown(wait=False)
+    return found
+
+
+def outcome_of(sent: Future[Any], seconds: float) -> str:
+    with pytest.raises(Failure) as caught:
+        sent.result(seconds)
+    return caught.value.outcome
+
+
+def test_a_late_shutdown_does_not_fell_the_next_request_on_the_connection(upstream, clock):
+    line = Line(new_session(4), upstream.url + "/chat/completions", {})
+    before, first, second = upstream.connections, Flight(None, clock), Flight(None, clock)
+    wire.read_whole(line.send(SMALL, first, 2), first)
+    response = line.send(SMALL, second, 2)
+
+    first.end("client_left")
+    answer = wire.read_whole(response, second)
+
+    assert b"Hello from upstream" in answer
+    assert upstream.connections == before + 1
+
+
+def test_a_connection_shut_down_while_it_was_read_is_not_used_again(upstream, clock):
+    line = Line(new_session(4), upstream.url + "/chat/completions", {})
+    first, second = Flight(None, clock), Flight(None, clock)
+    response = line.send(SMALL, first, 2)
+
+    first.end("client_left")
+    with pytest.raises(Failure, match="client_left"):
+        wire.read_whole(response, first)
+    response.close()
+
+    assert b"Hello" in wire.read_whole(line.send(SMALL, second, 2), second)
+
+
+@pytest.mark.parametrize("script", [stream(["a ", "b "]), whole("x"), pieces([*events(["a "])])])
+def test_a_call_read_to_its_end_leaves_its_connection_for_the_next(upstream, clock, script):
+    upstream.default = script
+    line = Line(new_session(4), upstream.url + "/chat/completions", {})
+    before = upstream.connections
+
+    for flight in (Flight(None, clock), Flight(None, clock)):
+        wire.read_whole(line.send(SMALL, flight, 2), flight)
+
+    assert upstream.connections == before + 1
+
+
+def test_a_silent_answer_ends_with_its_flight_and_the_upstream_sees_it(upstream, clock):
+    upstream.default = pieces([chunk({"content": "a"})], after="hang")
+    line, flight = Line(new_session(4), upstream.url + "/chat/completions", {}), Flight(None, clock)
+    response = line.send(SMALL, flight, 2)
+    threading.Timer(0.05, flight.end, ["idle"]).start()
+
+    with pytest.raises(Failure, match="idle"):
+        wire.read_whole(response, flight)
+
+    wait_until(lambda: upstream.left, 1.0)
+
+
+def test_a_flight_over_before_its_connection_sends_nothing(clock, listener):
+    flight = Flight(None, clock)
+    flight.end("client_left")
+
+    sent = send_in_thread(url_of(listener), flight)
+    peer, _ = listener.accept()
+
+    assert peer.recv(1000) == b""
+    assert outcome_of(sent, 5) == "client_left"
+    peer.close()
+
+
+def test_a_connect_under_way_is_let_go_when_it_succeeds_too_late(clock, listener):
+    filler = socket.create_connection(listener.getsockname())  # the backlog is full from here on
+    flight = Flight(None, clock)
+    sent = send_in_thread(url_of(listener), flight)
+
+    flight.end("client_left")
+    with filler, listener.accept()[0], listener.accept()[0] as late:
+        seen = late.recv(1000)
+
+    assert seen == b""
+    assert outcome_of(sent, 5) == "client_left"
+
+
+def test_a_connect_under_way_ends_at_its_own_limit(clock, listener):
+    flight = Flight(None, clock)
+    filler = socket.create_connection(listener.getsockname())
+
+    sent = send_in_thread(url_of(listener), flight, connect_s=0.3)
+
+    assert outcome_of(sent, 2) == "connect"
+    filler.close()
+
+
+def test_a_tls_handshake_under_way_ends_with_its_flight(clock, listener):
+    flight = Flight(None, clock)
+    sent = send_in_thread(url_of(listener, "https"), flight)
+    with listener.accept()[0] as peer:
+        hello = peer.recv(5)
+
+        flight.end("client_left")
+
+        assert outcome_of(sent, 1) == "client_left"
+    assert hello[:1] == b"\x16"
+
+
+def test_a_tls_handshake_that_never_ends_is_a_connect_failure(clock, listener):
+    sent = send_in_thread(url_of(listener, "https"), Flight(None, clock), connect_s=0.3)
+
+    assert outcome_of(sent, 3) in ("connect", "tls")
+
+
+def start_only(client: LocalClient, body: dict[str, Any]) -> Any:
+    """The answer's iterable, of which nothing was taken, as when the client is gone by then."""
+    data = json.dumps({"model": "router", "messages": [{"role": "user", "content": "x"}], **body})
+    builder = EnvironBuilder("/v1/chat/completions", method="POST", data=data,
+                             content_type="application/json")  # fmt: skip
+    return client.app.wsgi_app(
+        builder.get_environ(), lambda status, headers, exc_info=None: lambda data: None
+    )
+
+
+def test_a_stream_that_never_started_gives_everything_back(client, upstream: Upstream):
+    upstream.default = pieces([chunk({"content": "a"})], after="hang")
+    unread = start_only(client, {"stream": True})
+
+    unread.close()
+
+    wait_until(lambda: upstream.left, 1.0)
+    figures = client.get("/metrics").json
+    assert figures["in_flight"] == 0
+    assert figures["requests"]["cancelled"] == 1
+
+
+def test_a_probe_whose_stream_never_started_is_no_strike(client, upstream: Upstream):
+    owner = client.app.extensions["router"]
+    upstream.default = pieces([chunk({"content": "a"})], after="hang")
+
+    start_only(client, {"stream": True}).close()
+
+    assert owner.breakers.snapshot().get("acme/one", {"strikes": 0})["strikes"] == 0
+
+
+def test_closing_an_answer_twice_books_it_once(client, upstream: Upstream):
+    answer = start_only(client, {})
+
+    answer.close()
+    answer.close()
+
+    assert client.get("/metrics").json["requests"]["success"] == 1
+
+
+def test_an_upstream_that_hangs_before_its_head_is_left_with_the_flight(upstream, clock):
+    upstream.default = hang
+    flight = Flight(None, clock)
+    sent = send_in_thread(upstream.url + "/chat/completions", flight)
+    wait_until(lambda: upstream.requests)
+
+    flight.end("total")
+
+    assert outcome_of(sent, 1) == "total"
+    wait_until(lambda: upstream.left, 1.0)
