@@ -49,7 +49,7 @@ import requests
 from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
 
-from doors import CHAT_PATHS, RouterError, guard, invalid, scrub
+from doors import CHAT_PATHS, RouterError, guard, invalid, read_page, scrub
 from judge import VERDICTS, check_head, failure_from
 from metrics import (
     Attempt,
@@ -1489,8 +1489,13 @@ def reset_all() -> dict[str, Any]:
 
 
 @routes.get("/")
-def index() -> dict[str, Any]:
-    """Pointers to the other routes."""
+def index() -> dict[str, Any] | flask.Response:
+    """The page for a browser, pointers to the other routes for a program."""
+    if "text/html" in flask.request.headers.get("Accept", ""):
+        page, policy = flask.current_app.extensions["page"]
+        return flask.Response(
+            page, mimetype="text/html", headers={"Content-Security-Policy": policy}
+        )
     return {"service": "llm-router", "version": VERSION, "chat": "/v1/chat/completions",
             "models": "/v1/models", "dry_run": "/route", "health": "/health", "metrics": "/metrics",
             "config": "/config"}  # fmt: skip
@@ -1517,6 +1522,7 @@ def create_app(settings: Settings | None = None, *, session: requests.Session | 
     app.url_map.merge_slashes = False  # it would answer // with a redirect
     owner = app.extensions["router"] = Router(settings, session, clock)
     app.extensions["schemas"] = request_schemas()
+    app.extensions["page"] = read_page(HERE / "dashboard.html")
     rejections = log_rejections(settings.validation_log)
     app.register_blueprint(routes)
     app.before_request(lambda: guard(flask.request, settings))
