@@ -279,7 +279,7 @@ FILLERS = frozenset(
     "a an the of to my your on with for me us please can could would you just so "
     "le la les l un une des du de d au aux mon ton moi me tu vous stp svp".split()
 )
-SURE = 2.5  # what a short text that points back ("test it") must score to open a matter of its own
+SURE = 2.0  # what a short text that points back ("test it") must score to open a matter of its own
 
 
 class Continuations:

@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+import routing
 from conftest import KEY, ROOT, LocalClient, settings_for, small_routes
 from upstream import Upstream, hang, plain, raw, slow
 
@@ -226,6 +227,25 @@ def test_a_continuation_keeps_the_category_of_the_turn_before(text, tmp_path, up
 
     assert answer.headers["X-Router-Category"] == "reasoning"
     assert answer.headers["X-Router-Mode"] == "continuation"
+
+
+@pytest.mark.parametrize(
+    ("text", "category"),
+    [
+        ("what is in this folder?", "tools"),
+        ("can you test it?", "code"),
+        ("why does this work?", "code"),
+        ("translate this", "conversation"),
+        ("Reply with OK. Do not use tools.", "conversation"),
+        ("Read HEARTBEAT.md if it exists. If nothing needs attention, say so.", "conversation"),
+    ],
+)
+def test_a_short_text_after_a_code_turn_goes_where_a_person_would_say(text, category):
+    decide = routing.deciding()
+
+    decision = decide([user("write a python function that sorts a list"), user(text)])
+
+    assert decision.category == category
 
 
 def test_a_continuation_list_does_not_swallow_a_new_request():

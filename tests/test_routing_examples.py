@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "bench"))
 import routing
+from conftest import ROOT
 
 ROWS = [
     json.loads(line)
