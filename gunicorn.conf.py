@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import pathlib
 import socket
@@ -108,6 +109,11 @@ def on_starting(server):
     )
     if found.returncode:
         sys.exit(found.returncode)
+
+
+def worker_exit(server, worker):
+    """The counterpart of the line that the application logs when it starts."""
+    logging.getLogger("llm_router").info("stop", {"pid": worker.pid})
 
 
 def check_port(server):

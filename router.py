@@ -86,7 +86,7 @@ from routes_file import (
     say_schema_error,
     scan_object,
 )  # fmt: skip
-from startup import VERSION, Settings, main
+from startup import VERSION, Settings, SettingsError, main
 from wire import (
     MAX_ANSWER,
     MAX_ERROR,
@@ -747,7 +747,9 @@ class Upstreams:
 
     def key(self, upstream: Upstream) -> str:
         """Its API key; '' when the variable is not set."""
-        return self._settings.secret(upstream.api_key_env) if upstream.api_key_env else ""
+        with contextlib.suppress(SettingsError):  # a key file that has gone is a missing key
+            return self._settings.secret(upstream.api_key_env) if upstream.api_key_env else ""
+        return ""
 
     def has_key(self, upstream: Upstream) -> bool:
         """True when it can be called: it has its key, needs none, or the demo stands in."""
@@ -1528,6 +1530,7 @@ def create_app(settings: Settings | None = None, *, session: requests.Session | 
     app.before_request(lambda: guard(flask.request, settings))
     app.after_request(add_headers)
     app.register_error_handler(Exception, lambda e: error_response(translated(e), rejections))
+    log.info("start", {"version": VERSION, "routes": str(settings.routes), "demo": settings.demo})
     if owner.store.table.mode != "keywords":
         threading.Thread(target=warm_up, args=(owner,), name="warm-up", daemon=True).start()
     return app

@@ -52,6 +52,16 @@ class Clock:
         return self
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_leaks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """After the whole run: no log of any service holds the upstream's key or a marked prompt."""
+    yield
+    base = tmp_path_factory.getbasetemp()
+    logs = [*base.rglob("log.txt"), *base.rglob("validation_errors.log*")]
+    marks = (KEY, "MARKER-PROMPT", "MARKER-ANSWER")
+    assert [str(log) for log in logs for mark in marks if mark in log.read_text()] == []
+
+
 @pytest.fixture
 def clock() -> Clock:
     return Clock()

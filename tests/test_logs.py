@@ -7,7 +7,7 @@ import logging
 
 import pytest
 from conftest import KEY, LocalClient, settings_for
-from upstream import error
+from upstream import error, plain, stream, whole
 
 import router as module
 from metrics import EventFormatter
@@ -46,7 +46,7 @@ def test_each_request_is_one_line(routes, capsys, log_format, first):
 
     client.chat("hello MARKER-PROMPT")
 
-    lines = [line for line in capsys.readouterr().err.splitlines() if "request" in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "latency_ms" in line]
     assert len(lines) == 1
     assert lines[0].startswith(first)
     assert "acme/one" in lines[0]
@@ -60,3 +60,23 @@ def test_an_upstreams_echo_of_key_and_prompt_stays_out_of_the_log(client, upstre
 
     assert KEY not in answer.text
     assert KEY not in capsys.readouterr().err
+
+
+def test_no_prompt_and_no_answer_is_in_anything_a_service_wrote(service, upstream):
+    upstream.scripts["acme/one"] = [
+        whole("MARKER-ANSWER"), stream(["MARKER-ANSWER"]), error(400, "MARKER-PROMPT is bad"),
+        plain(200, b"<html>MARKER-ANSWER"),
+    ]  # fmt: skip
+    upstream.scripts["acme/two"] = error(500, "MARKER-ANSWER")
+
+    service.chat("MARKER-PROMPT")
+    service.chat("MARKER-PROMPT", stream=True)
+    service.chat("MARKER-PROMPT")
+    service.chat("MARKER-PROMPT")
+    service.post("/v1/chat/completions", {"messages": "MARKER-PROMPT", "stream": "MARKER-PROMPT"})
+    service.raw(b"POST /MARKER-PROMPT HTTP/1.1\r\nHost: localhost\r\n\r\n")
+
+    figures = service.get("/metrics").text + service.get("/metrics?format=prometheus").text
+    written = service.log.read_text() + figures
+    assert "event=request" in written
+    assert "MARKER" not in written
