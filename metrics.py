@@ -170,9 +170,9 @@ class Metrics:
             self._counts["requests", "rejected"] += 1
             self._counts["route", "none", "none", "rejected"] += 1
 
-    def record(self, call: Record) -> None:
-        """Book one request. Only labels of the configuration become keys."""
-        entry = {"time": now_text(), **call.summary()}
+    def record(self, call: Record) -> dict[str, Any]:
+        """Book one request and return its summary. Only labels of the configuration become keys."""
+        entry = call.summary()
         outcome, today = call.counted_as, _today()
         with self._lock:
             self._counts["requests", outcome] += 1
@@ -184,7 +184,8 @@ class Metrics:
                 self._book_success(call, call.last.model.id)
             if outcome in ("success", "failed"):
                 self._observe("duration", call.category, call.seconds, BUCKETS_S)
-            self._recent.append(entry)
+            self._recent.append({"time": now_text(), **entry})
+        return entry
 
     def _book_attempt(self, attempt: Attempt, today: str) -> None:
         id_ = attempt.model.id

@@ -1264,8 +1264,7 @@ class Router:
         finally:
             self.flights.land(call.flight)
             call.seconds = self.clock() - call.started
-            self.metrics.record(call)
-            log.info("request", call.summary())
+            log.info("request", self.metrics.record(call))
 
 
 def _still_worth_trying(queue: list[Model], model: Model, failures: list[Failure]) -> list[Model]:
@@ -1549,16 +1548,17 @@ def warm_up(owner: Router) -> None:
 def request_schemas() -> dict[str, jsonschema.Draft202012Validator]:
     """openapi.json's schemas, compiled once; ChatHead is ChatRequest without its messages."""
     components = json.loads((HERE / "openapi.json").read_text(encoding="utf-8"))["components"]
-    request = components["schemas"]["ChatRequest"]
-    head = {**request["properties"], "messages": {"type": "array", "minItems": 1}}
-    components["schemas"]["ChatHead"] = {**request, "properties": head}
-    names = ("ChatHead", "ChatRequest", "RouteRequest", "CategoryChange", "MappingChange")
-    return {
+    names = ("ChatRequest", "RouteRequest", "CategoryChange", "MappingChange")
+    schemas = {
         name: jsonschema.Draft202012Validator(
-            {"$ref": f"#/components/schemas/{name}", "components": components}
+            {**components["schemas"][name], "components": components}
         )
         for name in names
     }
+    request = components["schemas"]["ChatRequest"]
+    head = {**request["properties"], "messages": {"type": "array", "minItems": 1}}
+    schemas["ChatHead"] = jsonschema.Draft202012Validator({**request, "properties": head})
+    return schemas
 
 
 def add_headers(response: flask.Response) -> flask.Response:
