@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import flask
 
@@ -90,8 +89,11 @@ def guard(request: flask.Request, settings: Settings) -> None:
     """Host, origin, key and content type of every request, before anything is read."""
     check_origin(request, settings)
     needed = keys_needed(request, settings)
-    given = request.headers.get("Authorization", "").removeprefix("Bearer ").encode()
-    if needed and not any([hmac.compare_digest(given, key.encode()) for key in needed.values()]):
+    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+    given = given.strip() if scheme.lower() == "bearer" else ""
+    if needed and not any(
+        [hmac.compare_digest(given.encode(), key.encode()) for key in needed.values()]
+    ):
         text = f"send the value of {' or '.join(needed)} as Authorization: Bearer ..."
         raise RouterError(401, "invalid_api_key", text, headers={"WWW-Authenticate": "Bearer"})
     if request.content_length or "chunked" in request.headers.get("Transfer-Encoding", "").lower():
@@ -108,7 +110,8 @@ def check_origin(request: flask.Request, settings: Settings) -> None:
         text = f"the host name {scrub(host)[:100]!r} is not in ROUTER_ALLOWED_HOSTS"
         raise RouterError(403, "host_not_allowed", text)
     origin = request.headers.get("Origin")
-    foreign = origin is not None and urlsplit(origin).netloc != request.environ.get("HTTP_HOST")
+    ours = request.environ.get("HTTP_HOST")
+    foreign = origin is not None and origin.partition("://")[2] != ours
     other_site = request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin")
     visit = request.path == "/" and request.headers.get("Sec-Fetch-Mode") == "navigate"
     if foreign or (other_site and not visit):

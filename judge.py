@@ -58,15 +58,17 @@ BY_STATUS = {
 BY_TEXT = (
     ("context_length", (400, 422), re.compile(
         r"context.?(length|window|size)|maximum.?context|too many (input |prompt )?tokens"
-        r"|(?<!string )too long|reduce the length|exceeds? .{0,60}(tokens|context)|token limit",
-        re.I)),
+        r"|(prompt|input|messages?|request)( is)? too long|reduce the length"
+        r"|exceeds? .{0,60}(tokens|context)|token limit", re.I)),
     ("content_filter", (400, 403), re.compile(
-        r"content.?(filter|policy|management|moderation)|moderation|flagged|safety(?!_)"
-        r"|responsible.?ai", re.I)),
+        r"content.?(filter|policy|management|moderation)|moderation|flagged(?! as deprecated)"
+        r"|safety(?!_)|responsible.?ai", re.I)),
     # "does not support tools" and "no endpoints found that support ..." blame the request.
     ("unknown_model", (400, 404), re.compile(
-        r"model.{0,80}(not.(found|exist|valid)|does not exist)|no (endpoints|models?) found for\b"
-        r"|(unknown|invalid|no such|not a valid) model", re.I)),
+        r"model_not_found|\bmodel:? ?[`'\"]?[\w./:@-]+[`'\"]?,? (was |is |has )?"
+        r"(not (been )?(found|exist|valid)|does not exist)|model not found"
+        r"|no (endpoints|models?) found for\b"
+        r"|(unknown|no such|not a valid) model\b|invalid model( name| id|:|$)", re.I)),
     ("unauthorized", (403,), re.compile(
         r"api.?key|credential|authenticat|authoriz|permission|token|user not found", re.I)),
 )  # fmt: skip

@@ -30,6 +30,7 @@ from routes_file import Model, Table, now_text
 
 log = logging.getLogger("llm_router")
 
+MOST_USD = 1e6  # an answer that costs more is a mistake of the upstream
 RECENT = 100  # requests kept for /metrics and the page
 SAMPLES = 512  # latencies kept per model for the percentiles
 BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -59,12 +60,7 @@ def token_counts(usage: Mapping[str, Any]) -> dict[str, int]:
 def cost_of(model: Model, usage: Mapping[str, Any]) -> tuple[float | None, str]:
     """USD and where the figure comes from: upstream, routes.json, free, or (None, unknown)."""
     told = usage.get("cost")
-    if (
-        isinstance(told, int | float)
-        and not isinstance(told, bool)
-        and math.isfinite(told)
-        and told >= 0
-    ):
+    if isinstance(told, int | float) and not isinstance(told, bool) and 0 <= told < MOST_USD:
         return float(told), "upstream"
     if model.id.endswith(":free"):
         return 0.0, "free"
@@ -164,12 +160,6 @@ class Metrics:
         self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self._day = ("", 0.0)
 
-    def reject(self) -> None:
-        """Book a request that ended before anything was known of it."""
-        with self._lock:
-            self._counts["requests", "rejected"] += 1
-            self._counts["route", "none", "none", "rejected"] += 1
-
     def record(self, call: Record) -> dict[str, Any]:
         """Book one request and return its summary. Only labels of the configuration become keys."""
         entry = call.summary()
@@ -177,7 +167,8 @@ class Metrics:
         with self._lock:
             self._counts["requests", outcome] += 1
             self._counts["route", call.category, call.mode, outcome] += 1
-            self._observe("choose", call.mode, call.choose_s, FINE_BUCKETS_S)
+            if call.mode != "none":
+                self._observe("choose", call.mode, call.choose_s, FINE_BUCKETS_S)
             for attempt in call.attempts:
                 self._book_attempt(attempt, today)
             if outcome == "success" and call.last:
@@ -196,7 +187,7 @@ class Metrics:
             self._add(("cost", id_), attempt.cost_usd)
             spent = self._day[1] if self._day[0] == today else 0.0
             self._day = (today, spent + attempt.cost_usd)
-        elif attempt.usage or attempt.outcome == "success":
+        elif attempt.usage or attempt.outcome in ("success", "client_left"):
             self._counts["unpriced", id_] += 1
 
     def _book_success(self, call: Record, id_: str) -> None:

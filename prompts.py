@@ -32,11 +32,11 @@ WRAPPINGS = tuple(
             r"(?:</active_memory_plugin>|\Z)",
         ),
         ("Untrusted context (", r"^Untrusted context \(metadata.*\Z"),
-        ("(untrusted", r"^[^\n(]{0,80}\(untrusted[^\n]{0,60}\):\s*```json.*?(?:\n\s*```|\Z)"),
+        ("(untrusted", r"^[^\n(]{0,80}\(untrusted[^\n]{0,60}\):\s*```json.*?(?:\n[ \t]*```|\Z)"),
         (
             "⟦openclaw:ctx⟧",
             r"^[^\n⟦]{0,120}⟦openclaw:ctx⟧\s*?\n"
-            r"(?:\s*```json.*?(?:\n\s*```|\Z)|.*?(?:\n\s*?\n|\Z))",
+            r"(?:\s*```json.*?(?:\n[ \t]*```|\Z)|.*?(?:\n\s*?\n|\Z))",
         ),
         ("[Replying to", r"^\[Replying to .*?(?:\[/Replying\]|\Z)"),
         ("Queued #", r"^---\nQueued #\d+[^\n]*"),
@@ -130,6 +130,12 @@ def tokens_of(text: str) -> list[str]:
 
 
 ENTRY = re.compile(r"(?P<words>.*?)(?P<prefix>\*?)(?:\^(?P<weight>\d+(?:\.\d+)?))?", re.S)
+
+
+def is_entry(entry: str) -> bool:
+    """True when `parse_entry` can read it; a weight alone is no word."""
+    parts = ENTRY.fullmatch(entry.strip())
+    return bool(parts and tokens_of(parts["words"][:100]))
 
 
 def parse_entry(entry: str) -> tuple[tuple[str, ...], bool, float]:

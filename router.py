@@ -147,7 +147,8 @@ class Chat:
         """True when the text surely has over `context` tokens: none is longer than 8 characters."""
         if len(self.text) <= 8 * context:
             return False
-        return len(re.sub(r'"data:[^"]{200,}"', "", self.text)) > 8 * context  # images are not text
+        text = re.sub(r'"data:[^"]{200,}"|"[\w+/=-]{1000,}"', "", self.text)  # files are not text
+        return len(re.sub(r"\\u[0-9a-fA-F]{4}", "x", text)) > 8 * context
 
     def for_model(self, model_id: str) -> bytes:
         """The body for one upstream call: `model` replaced, usage asked for when it streams."""
@@ -838,9 +839,10 @@ class Call(Record):
         if self.decision:
             headers["X-Router-Category"] = self.category
             headers["X-Router-Mode"] = self.mode
-            headers["X-Router-Reason"] = quote(self.reason, safe=" ,.*()'")
+            headers["X-Router-Reason"] = quote(self.reason, safe=" ,.*()'", errors="replace")
             if self.decision.ignored:
-                headers["X-Router-Model-Ignored"] = quote(self.decision.ignored, safe="/:")
+                ignored = quote(self.decision.ignored, safe="/:", errors="replace")
+                headers["X-Router-Model-Ignored"] = ignored
         if self.last:
             headers["X-Router-Model"] = quote(self.last.model.id, safe="/:")
         if self.answer and not self.stream:
@@ -951,8 +953,9 @@ class Relay:
             self.done = True
         if event.kind != "data":
             return event.raw
-        if event.data.get("error"):
-            raise failure_from(200, event.data)
+        for told in (event.data, *choices_of(event.data)):  # OpenRouter tells it in a choice, too
+            if told.get("error"):
+                raise failure_from(200, told)
         self._note(event.data, "delta")
         extra = event.data.get("usage") and not event.data.get("choices")
         return b"" if extra and not self._call.chat.wants_usage else event.raw
@@ -1131,8 +1134,12 @@ class Router:
     def _attempt(self, call: Call, model: Model, ticket: Ticket, last: bool) -> Relay:
         """An answer of `model` that has begun, or its Failure, booked; retried once if worth it."""
         while True:
+            call.flight.next_attempt()
+            if call.flight.why:
+                self.breakers.settle(ticket, "none", call.table.breaker)
+                raise Failure(call.flight.why)
             began = self.clock()
-            attempt = Attempt(model, "success", 200)
+            attempt = Attempt(model, "internal_error", None)
             call.attempts.append(attempt)
             try:
                 relay = self._open(call, model, spared=last and not ticket.probe)
@@ -1145,6 +1152,7 @@ class Router:
                 self.breakers.settle(ticket, strike, call.table.breaker, failure.outcome,
                                      failure.status, failure.retry_after_s)  # fmt: skip
                 raise
+            attempt.outcome, attempt.status = "success", 200
             attempt.seconds = self.clock() - began
             call.relay, call.answer = relay, attempt
             self.upstreams.note(model.upstream, "success")
@@ -1160,9 +1168,6 @@ class Router:
 
     def _open(self, call: Call, model: Model, *, spared: bool) -> Relay:
         """One exchange with one model, up to the commit; the connection is closed on Failure."""
-        call.flight.next_attempt()
-        if call.flight.why:
-            raise Failure(call.flight.why)
         assert call.decision is not None
         timeouts = {**call.decision.timeouts, **model.timeouts}
         kind = "first_token" if call.stream else "answer"
@@ -1190,7 +1195,7 @@ class Router:
         else:
             return False
         late = self.clock() + pause_s >= call.deadline or pause_s > RETRY_AFTER_MAX_S
-        if call.retried or ticket.probe or late:
+        if call.retried or ticket.probe or late or call.flight.why == "client_left":
             return False
         call.retried = True
         call.flight.next_attempt()
@@ -1249,10 +1254,9 @@ class Router:
         if call.flight.landed:
             return
         call.outcome = call.outcome or "client_left"  # a stream that was not read to its end
+        if call.answer and call.outcome == "client_left":
+            call.answer.outcome = "client_left"
         try:
-            if call.answer and call.relay:
-                call.relay.close()
-                call.answer.price(call.relay.usage)
             if call.ticket:
                 outcome = call.answer.outcome if call.answer else ""
                 status = call.answer.status if call.answer else None
@@ -1261,6 +1265,9 @@ class Router:
                 )
                 verdict = "strike" if struck else "good" if call.outcome == "success" else "none"
                 self.breakers.settle(call.ticket, verdict, call.table.breaker, outcome, status)
+            if call.answer and call.relay:
+                call.relay.close()
+                call.answer.price(call.relay.usage)
         finally:
             self.flights.land(call.flight)
             call.seconds = self.clock() - call.started
@@ -1330,28 +1337,37 @@ def answer(owner: Router, call: Call, relay: Relay) -> flask.Response:
 @routes.post("/route")
 def dry_run() -> dict[str, Any]:
     """Where a request would go and why, through the same code; no upstream is called."""
-    text, body, members = parse_object(read_body(flask.request))
-    check(body, "RouteRequest")
-    if "text" in body:
-        body["messages"] = [{"role": "user", "content": body["text"]}]
-    call = router().begin(flask.request.environ.get("gunicorn.socket"))
-    router().flights.board(call.flight)
-    try:
+    with boarded(router()) as call:
+        text, body, members = parse_object(read_body(flask.request))
+        check(body, "RouteRequest")
+        if "text" in body:
+            body["messages"] = [{"role": "user", "content": body["text"]}]
         return explain(router(), call, Chat(text, body, members))
+
+
+@contextlib.contextmanager
+def boarded(owner: Router) -> Iterator[Call]:
+    """A permit and a watched upload for a request that is no chat but has a body to wait for."""
+    call = owner.begin(flask.request.environ.get("gunicorn.socket"))
+    owner.flights.board(call.flight)
+    try:
+        yield call
     finally:
-        router().flights.land(call.flight)
+        owner.flights.land(call.flight)
 
 
 def explain(owner: Router, call: Call, chat: Chat) -> dict[str, Any]:
     """The decision with the words that made it, and who of the chain would be passed over."""
     decision, circuits = owner.choose(call, chat), owner.breakers.snapshot()
-    chain = []
+    able = [model.id for model in decision.chain if not owner.passed_over(chat, model)]
+    early, chain = owner.breakers.due_soonest(able), []
     for model in decision.chain:
         circuit = circuits.get(model.id, {"state": "closed", "retry_in_sec": 0.0})
-        closed = "" if circuit["state"] == "closed" else "failed lately"
+        may_go = owner.breakers.would_admit(model.id) or model.id == early
         chain.append({"model": model.id, "circuit": circuit["state"],
                       "retry_in_sec": circuit["retry_in_sec"],
-                      "passed_over": owner.passed_over(chat, model) or closed or None})  # fmt: skip
+                      "passed_over": owner.passed_over(chat, model)
+                      or (None if may_go else "failed lately")})  # fmt: skip
     return {"category": decision.category, "mode": decision.mode, "reason": decision.reason,
             "margin": round(decision.margin, 3), "chain": chain,
             "words": [{"word": word, "weight": n} for word, n in decision.words]}  # fmt: skip
@@ -1414,7 +1430,8 @@ def metrics() -> dict[str, Any] | flask.Response:
     table, circuits = router().table, router().breakers.snapshot()
     accept = flask.request.headers.get("Accept", "")
     wanted = flask.request.args.get("format") == "prometheus"
-    if wanted or "openmetrics-text" in accept or "text/plain" in accept:
+    scraper = "openmetrics-text" in accept or "text/plain" in accept
+    if wanted or (scraper and "application/json" not in accept):
         states = {model: circuit["state"] for model, circuit in circuits.items()}
         gauges = Gauges(states, len(router().flights), VERSION)
         text, content_type = as_prometheus(accept, router().metrics, gauges)
@@ -1452,7 +1469,8 @@ def config() -> flask.Response:
 @routes.post("/config/model-mapping")
 def set_category() -> dict[str, Any]:
     """Create or change a category; a mapping changes only the chain of one that exists."""
-    _, body, _ = parse_object(read_body(flask.request))
+    with boarded(router()):
+        _, body, _ = parse_object(read_body(flask.request))
     check(body, "CategoryChange" if flask.request.path.endswith("category") else "MappingChange")
     name = body.get("name") or body["category"]
     table = changed(lambda table: table.with_category(name, body, must_exist="category" in body))
@@ -1538,7 +1556,7 @@ def create_app(settings: Settings | None = None, *, session: requests.Session | 
 def warm_up(owner: Router) -> None:
     """Have Ollama load the classifier's model before the first request needs it."""
     call = owner.begin(None)
-    owner.flights.board(call.flight)
+    owner.flights.board(call.flight, counted=False)
     try:
         owner.classifier.warm_up(call.table, call.flight)
     finally:
@@ -1596,6 +1614,8 @@ def translated(e: Exception) -> RouterError:
 def error_response(e: RouterError, rejections: logging.Logger) -> flask.Response:
     """The envelope; ends the call that the error ended."""
     call: Call | None = flask.g.get("call")
+    if call is None and flask.request.method == "POST" and flask.request.path in CHAT_PATHS:
+        call = router().begin(None)  # refused at the door: counted, logged and named like others
     place = {
         "time": now_text(),
         "request_id": call.id if call else None,
@@ -1609,10 +1629,8 @@ def error_response(e: RouterError, rejections: logging.Logger) -> flask.Response
     if call:
         call.status = e.status
         call.outcome = "client_left" if e.status == 499 else "failed"
-        response.headers.extend(call.headers())
         router().finish(call)
-    elif flask.request.path in CHAT_PATHS:
-        router().metrics.reject()
+        response.headers.extend(call.headers())
     return response
 
 

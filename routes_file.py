@@ -29,11 +29,12 @@ from urllib.parse import urlsplit
 
 import jsonschema
 
+from prompts import is_entry
+
 HERE = Path(__file__).resolve().parent
 log = logging.getLogger("llm_router")
 
 BUILT_IN = ("tools", "code", "reasoning", "conversation")
-CATEGORY_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 DEFAULTS: dict[str, Any] = {
     "routing_mode": "hybrid",
     "tools_routing": "auto",
@@ -466,6 +467,11 @@ def _cross_check(table: Table) -> Iterator[str]:
     if table.default_category not in table.categories:
         hint = _hint(table.default_category, table.categories)
         yield f"$.default_category: is not in $.categories{hint}"
+    lists = {f"$.categories.{name}.keywords": c.keywords for name, c in table.categories.items()}
+    for place, entries in {"$.continuations": table.continuations, **lists}.items():
+        for n, entry in enumerate(entries):
+            if not is_entry(entry):
+                yield f"{place}[{n}]: has no word"
     if "router" in table.categories:
         yield "$.categories.router: the name `router` is reserved"
     for name, category in table.categories.items():

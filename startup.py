@@ -186,11 +186,14 @@ def run_route(text: str, as_json: bool) -> int:
     settings = Settings.from_env(os.environ)
     headers = {"Authorization": f"Bearer {settings.api_key or settings.admin_token}"}
     try:
-        reply = requests.post(
-            f"{settings.url}/route", json={"text": text}, headers=headers, timeout=10
-        )
+        session = requests.Session()
+        session.trust_env = False  # no proxy gets to see the key
+        if session.get(f"{settings.url}/health", timeout=5).json()["service"] != "llm-router":
+            raise ValueError("a stranger on our port")  # who does not get it either
+        body = {"text": text}
+        reply = session.post(f"{settings.url}/route", json=body, headers=headers, timeout=10)
         status, found = reply.status_code, reply.json()
-    except (requests.RequestException, ValueError):
+    except (requests.RequestException, ValueError, KeyError, TypeError):
         from router import create_app  # late: router imports this module
 
         answer = (
@@ -229,9 +232,13 @@ def without_key(settings: Settings, table: Table) -> list[Upstream]:
 
 def run_check(file: str | None, banner: bool) -> int:
     """Print warnings, or a banner; errors are raised with their place."""
+    if not banner:  # the service's own start has its environment already
+        read_dotenv(HERE / ".env")
     settings = Settings.from_env(os.environ)
     if banner:
-        print_banner(settings, table_for_start(settings))
+        table = table_for_start(settings)
+        without_key(settings, table)  # a key that cannot be read stops the start by its name
+        print_banner(settings, table)
         return 0
     path = Path(file) if file else settings.routes
     try:

@@ -27,7 +27,6 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import requests
 import urllib3
@@ -55,6 +54,7 @@ class Flight:
         self.why: str | None = None  # what ended it, because a shutdown looks like a reset
         self.due: tuple[float, str] = (math.inf, "")  # one value, so that the two always agree
         self.landed = False
+        self.counted = True
         self._over = threading.Event()
         self._lock = threading.Lock()  # guards _sock; held during its shutdown, which cannot block
         self._sock: socket.socket | None = None
@@ -67,10 +67,13 @@ class Flight:
         """The same with whichever (time, kind) comes first."""
         self.due = min(limits)
 
-    def end(self, why: str) -> None:
-        """Shut the upstream socket down; its reader wakes up and finds `why`."""
+    def end(self, why: str, due: tuple[float, str] | None = None) -> None:
+        """Shut the upstream socket down; its reader wakes up and finds `why`.
+
+        `due`: only if this deadline is still the one in force.
+        """
         with self._lock:
-            if self.landed or self.why:
+            if self.landed or self.why or (due is not None and due is not self.due):
                 return
             self.why = why
             hung_up = [self._sock]
@@ -130,18 +133,24 @@ class Flights:
         self._clock = clock
         self._lock = threading.Lock()  # guards _air and _watcher
         self._air: set[Flight] = set()
+        self._uncounted = 0
         self._busy = threading.Event()
         self._watcher: threading.Thread | None = None
 
     def __len__(self) -> int:
-        return len(self._air)
+        return len(self._air) - self._uncounted
 
-    def board(self, flight: Flight) -> None:
-        """Give `flight` a permit, at once; 503 when all are taken."""
+    def board(self, flight: Flight, *, counted: bool = True) -> None:
+        """Watch `flight` and give it a permit, at once; Full when all are taken.
+
+        Not `counted`: it is watched, but takes no permit.
+        """
         with self._lock:
-            if len(self._air) >= self.limit:
+            if counted and len(self) >= self.limit:
                 raise Full(f"{self.limit} requests are in flight, all that ROUTER_THREADS allows")
             self._air.add(flight)
+            self._uncounted += not counted
+            flight.counted = counted
             if self._watcher is None:  # not at import, nor before gunicorn has forked
                 self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
                 self._watcher.start()
@@ -152,6 +161,7 @@ class Flights:
         with flight._lock:
             flight.landed = True
         with self._lock:
+            self._uncounted -= flight in self._air and not flight.counted
             self._air.discard(flight)
             if not self._air:
                 self._busy.clear()
@@ -171,11 +181,11 @@ class Flights:
             air = list(self._air)
         left, now = clients_that_left(air), self._clock()
         for flight in air:
-            due, kind = flight.due
+            due = flight.due
             if flight in left:
                 flight.end("client_left")
-            elif now >= due:
-                flight.end(kind)
+            elif now >= due[0]:
+                flight.end(due[1], due)
 
 
 def clients_that_left(air: Iterable[Flight]) -> set[Flight]:
@@ -270,10 +280,8 @@ class Adapter(HTTPAdapter):
 
 
 def new_session(threads: int) -> requests.Session:
-    """A session that keeps a connection per thread and reads no .netrc (it would replace keys)."""
+    """A session whose adapters keep a connection per thread; only its adapters are used."""
     session = requests.Session()
-    session.trust_env = False
-    session.proxies = getproxies()  # read once, here
     for scheme in ("http://", "https://"):
         session.mount(scheme, Adapter(pool_connections=32, pool_maxsize=threads, max_retries=0))
     return session

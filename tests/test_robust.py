@@ -1,0 +1,196 @@
+"""One request, one edit, one message: nothing of it takes the service down."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+
+import pytest
+from conftest import LocalClient, Service, settings_for, small_routes
+from upstream import answer_body, pieces, plain, sse, whole
+
+import router as module
+from judge import judge
+from prompts import clean
+
+
+@pytest.mark.parametrize("model", ["\\ud800", "a\\ud800b"])
+def test_a_lone_surrogate_in_a_header_leaks_no_permit(client, model):
+    data = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "hello"}}]}}'
+
+    answer = client.post("/v1/chat/completions", data=data, content_type="application/json")
+
+    assert answer.status_code == 200
+    assert client.get("/metrics").json["in_flight"] == 0
+
+
+@pytest.mark.parametrize("keyword", ["^3", "*", "*^2", "...", "^", "!?"])
+def test_a_keyword_without_a_word_is_a_422_and_changes_nothing(client, keyword):
+    body = {"name": "haiku", "models": ["acme/one"], "keywords": [keyword]}
+
+    answer = client.post("/config/category", body)
+
+    assert answer.status_code == 422
+    assert client.chat("any text").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a (untrusted metadata):\n```json" + "\n" * 50_000,
+        "x ⟦openclaw:ctx⟧\n```json\n" + "\n " * 25_000,
+        "(untrusted metadata):\n```json\n" * 1_600,
+    ],
+)
+def test_hostile_group_metadata_is_stripped_in_linear_time(text):
+    def took(part: str) -> float:
+        began = time.process_time()
+        clean(part)
+        return time.process_time() - began
+
+    short, long = took(text[:12_500]), took(text)
+
+    assert long < 8 * short + 0.05
+
+
+def test_half_sent_admin_bodies_leave_threads_for_health(tmp_path, upstream):
+    service = Service(tmp_path, small_routes(upstream.url), ROUTER_THREADS="10")
+    head = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    socks = []
+    try:
+        for path in (b"/route", b"/config/category") * 6:
+            sock = socket.create_connection(("127.0.0.1", service.port), timeout=5)
+            sock.sendall(head % path + b"Content-Length: 100\r\n\r\n{")
+            socks.append(sock)
+
+        assert service.get("/health").status_code == 200
+    finally:
+        [sock.close() for sock in socks]
+        service.stop()
+
+
+@pytest.mark.parametrize("cost", ["1" + "0" * 400, "1e308", "-1", '"x"', "NaN"])
+def test_a_nonsensical_cost_is_no_cost(client, upstream, cost):
+    body = json.dumps(answer_body("x")).replace('"total_tokens": 30', f'"cost": {cost}')
+    upstream.default = plain(200, body.encode())
+
+    answer = client.chat()
+
+    assert answer.status_code in (200, 500)
+    assert client.get("/metrics").json["total_cost_usd"] < 1
+    assert client.get("/metrics").json["in_flight"] == 0
+
+
+def test_a_deadline_that_was_replaced_fells_nothing(clock):
+    flight = module.Flight(None, clock)
+    flight.limit("first_token", clock() + 1)
+    read_before = flight.due
+    flight.limit("idle", clock() + 60)
+
+    flight.end("first_token", read_before)
+
+    assert flight.why is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The model could not fetch the image: URL not found",
+        "Invalid model parameter: temperature",
+        "tools[0].description is too long",
+    ],
+)
+def test_a_clients_mistake_is_only_a_refusal(text):
+    assert judge(400, text) == "refused"
+
+
+@pytest.mark.parametrize("origin", ["http://[", "null", "http://evil.example", "//"])
+def test_a_foreign_or_broken_origin_is_a_403(client, origin):
+    assert client.get("/health", headers={"Origin": origin}).status_code == 403
+
+
+def test_an_error_in_a_choice_of_a_stream_fails_over(client, upstream):
+    broken = {"choices": [{"delta": {}, "finish_reason": "error", "error": {"code": 502}}]}
+    upstream.scripts["acme/one"] = pieces([sse(broken)])
+
+    answer = client.chat(stream=True)
+
+    assert answer.headers["X-Router-Model"] == "acme/two"
+
+
+@pytest.mark.parametrize(
+    ("content", "fits"),
+    [
+        ([{"type": "input_audio", "input_audio": {"data": "A" * 50_000}}], True),
+        ("ж" * 3_000, True),
+        ("word " * 3_000, False),
+    ],
+)
+def test_what_surely_fits_is_not_passed_over(tmp_path, upstream, content, fits):
+    path = tmp_path / "routes.json"
+    limits = {"acme/one": {"context": 1000}, "acme/two": {"context": 1000}}
+    path.write_text(json.dumps(small_routes(upstream.url, models=limits)))
+    client = LocalClient(module.create_app(settings_for(path)))
+
+    answer = client.chat(messages=[{"role": "user", "content": content}])
+
+    assert answer.status_code == (200 if fits else 422)
+
+
+def test_refusals_at_the_door_are_counted_logged_and_named(client):
+    answer = client.post("/v1/chat/completions", data="x", content_type="text/plain")
+
+    figures = client.get("/metrics").json
+    assert answer.status_code == 415
+    assert answer.headers["X-Request-Id"]
+    assert figures["requests"]["rejected"] == 1
+    assert figures["recent_requests"][0]["status"] == 415
+    assert figures["avg_choosing_ms"] == 0
+
+
+def test_a_cancelled_stream_is_no_success_in_the_attempts(client, upstream):
+    upstream.default = whole("x")
+    response = client.flask.post(
+        "/v1/chat/completions",
+        json={"stream": True, "messages": [{"role": "user", "content": "x"}]},
+    )
+
+    response.close()
+
+    figures = client.get("/metrics").json
+    assert figures["requests"]["cancelled"] == 1
+    assert figures["models"]["acme/one"]["attempts"] == {"client_left": 1}
+
+
+def test_dry_run_names_the_model_that_gets_the_early_probe(client, upstream):
+    for script in ("acme/one", "acme/two"):
+        upstream.scripts[script] = plain(503, b"{}")
+    [client.chat() for _ in range(3)]
+    chain = client.post("/route", {"text": "hello"}).json["chain"]
+    upstream.scripts.clear()
+
+    real = client.chat()
+
+    assert [m["model"] for m in chain if not m["passed_over"]] == [real.headers["X-Router-Model"]]
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
+def test_the_scheme_of_a_key_is_case_insensitive(routes, scheme):
+    client = LocalClient(module.create_app(settings_for(routes, ROUTER_API_KEY="k1")))
+
+    assert client.chat(headers={"Authorization": f"{scheme} k1"}).status_code == 200
+    assert client.chat(headers={"Authorization": f"{scheme} k2"}).status_code == 401
+
+
+def test_a_browser_library_gets_json(client):
+    accept = {"Accept": "application/json, text/plain, */*"}
+
+    assert client.get("/metrics", headers=accept).is_json
+
+
+def test_a_key_file_that_cannot_be_read_stops_the_start_by_its_name(tmp_path):
+    env = {"TEST_API_KEY": "", "TEST_API_KEY_FILE": str(tmp_path / "none")}
+
+    with pytest.raises(AssertionError, match="TEST_API_KEY_FILE"):
+        Service(tmp_path, small_routes("http://127.0.0.1:1"), **env)
