@@ -8,6 +8,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import time
 
 from gunicorn.workers import gthread
 
@@ -54,6 +55,10 @@ worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None
 # A header of OpenClaw or a browser stays far below; nginx allows 8 KB too.
 limit_request_field_size = 8190
 
+# nginx tells the router nothing that it would believe; from a client these would change paths.
+forwarder_headers = ""
+secure_scheme_headers = {}
+
 # One log, ours: gunicorn's access log would add a line per request without saying why.
 accesslog = None
 loglevel = os.environ.get("ROUTER_GUNICORN_LOGLEVEL") or "warning"
@@ -63,6 +68,11 @@ proc_name = "llm-router"
 
 class Worker(gthread.ThreadWorker):
     """gthread whose own refusals (a malformed head, 100 KB of headers) are JSON like all others."""
+
+    def _keepalive_after(self, conn, keepalive):
+        """Wait half a second, not five, for a body that was refused unread: threads are few."""
+        deadline = time.monotonic() + 0.5
+        return bool(keepalive and conn.parser.finish_body(deadline=deadline))
 
     def handle_error(self, req, client, addr, exc):
         """Let gunicorn word the refusal, then send it as JSON instead of HTML."""

@@ -15,7 +15,7 @@ Who owns which state, each object with one private lock:
     Flights      what is in the air: permits, sockets, deadlines           (wire.py)
     Metrics      counters and the ring of recent requests                  (metrics.py)
 
-The files beside this one are leaves: each does one thing, none knows Flask or another's state.
+The files beside this one each do one thing and hold no other's state.
 judge.py is the table of what counts as a failure, doors.py says who may come in, startup.py holds
 the settings and the command line, prompts.py finds the words a person said.
 Importing this module starts nothing: `create_app` builds the objects.
@@ -724,7 +724,7 @@ def _by_tools(chat: Chat, table: Table) -> Decision | None:
 def _by_words(table: Table, choice: Choice, mode: str) -> Decision:
     name = choice.category or table.default_category
     words = tuple((entry, weight) for category, entry, weight in choice.matched if category == name)
-    reason = ", ".join(word for word, _ in words[:8])
+    reason = ", ".join(word for word, _ in words[:8])[:200]  # a header; nginx allows 4 KB for all
     return _decide(table, name, mode, reason, margin=choice.margin, words=words)
 
 
@@ -1346,10 +1346,10 @@ def dry_run() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def boarded(owner: Router) -> Iterator[Call]:
-    """A permit and a watched upload for a request that is no chat but has a body to wait for."""
+def boarded(owner: Router, *, counted: bool = True) -> Iterator[Call]:
+    """A watched upload, and a permit if `counted`, for a request that is no chat but has a body."""
     call = owner.begin(flask.request.environ.get("gunicorn.socket"))
-    owner.flights.board(call.flight)
+    owner.flights.board(call.flight, counted=counted)
     try:
         yield call
     finally:
@@ -1469,7 +1469,7 @@ def config() -> flask.Response:
 @routes.post("/config/model-mapping")
 def set_category() -> dict[str, Any]:
     """Create or change a category; a mapping changes only the chain of one that exists."""
-    with boarded(router()):
+    with boarded(router(), counted=False):  # a full house must not keep an operator out
         _, body, _ = parse_object(read_body(flask.request))
     check(body, "CategoryChange" if flask.request.path.endswith("category") else "MappingChange")
     name = body.get("name") or body["category"]

@@ -364,6 +364,8 @@ def load_table(text: str, schema: jsonschema.Draft202012Validator) -> Table:
         raise RoutesError(f"line {e.lineno}, column {e.colno}: {e.msg}") from e
     except (ValueError, RecursionError) as e:
         raise RoutesError(str(e) or "nested too deeply") from e
+    if re.search(r"\\u[dD][89a-fA-F]", text) and not _is_text(raw):
+        raise RoutesError("a lone surrogate is no text")
     found = sorted(schema.iter_errors(raw), key=lambda e: str(e.json_path))
     if found:
         raise RoutesError("\n".join(f"{e.json_path}: {say_schema_error(e)}" for e in found[:10]))
@@ -372,6 +374,13 @@ def load_table(text: str, schema: jsonschema.Draft202012Validator) -> Table:
     if problems:
         raise RoutesError("\n".join(problems))
     return replace(table, doubts=tuple(_doubts(table, raw)))
+
+
+def _is_text(value: Any) -> bool:
+    try:
+        return bool(json.dumps(value, ensure_ascii=False).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -625,7 +634,7 @@ class Store:
         return after
 
     def _write(self, edit: Callable[[Table], str], if_match: str | None) -> Table:
-        for _ in range(5):  # a hand edit in between is read again, not overwritten
+        for _ in range(20):  # a hand edit in between is read again, not overwritten
             before, after = self._prepare(edit, if_match)
             same = after.text == before.text
             if same or replace_file(self.path, after.text, self.path, before.text):
@@ -665,6 +674,8 @@ def routes_schema() -> jsonschema.Draft202012Validator:
 def read_file(path: Path) -> str:
     """The text of a routes file, line ends as they are; Unreadable or RoutesError."""
     try:
+        if not path.is_file() and path.exists():  # a pipe would wait for its writer
+            raise Unreadable("is not a regular file")
         return path.read_bytes().decode()
     except OSError as e:
         raise Unreadable(f"cannot be read: {e.strerror}") from e

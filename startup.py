@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import requests
 
@@ -122,30 +122,46 @@ def _one_of(environ: Mapping[str, str], name: str, *choices: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; exit status 0 fine, 1 not fine, 2 wrong usage."""
-    parser = argparse.ArgumentParser("router.py", description="An OpenAI-compatible LLM router.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    serve = commands.add_parser("serve", help="run the service (settings: environment and .env)")
-    serve.add_argument(
-        "--or-demo", action="store_true", help="demo texts when no upstream has its key"
-    )
-    check = commands.add_parser("check", help="say what is wrong with routes.json and the settings")
-    check.add_argument("file", nargs="?", help="default: ROUTER_ROUTES, or routes.json")
-    check.add_argument(
-        "--banner", action="store_true", help="say what the service will be, and where"
-    )
-    route = commands.add_parser("route", help="say where a text would go and why")
-    route.add_argument("text")
-    route.add_argument("--json", action="store_true", help="print what POST /route answers")
+    parser = command_line()
     args = parser.parse_args(argv)
     try:
         if args.command == "serve":
-            return run_serve(args.or_demo)
+            return run_serve(args.or_demo, args.json)
         if args.command == "route":
             return run_route(args.text, args.json)
-        return run_check(args.file, args.banner)
+        if args.command == "check":
+            return run_check(args.file, args.banner, args.json)
     except (SettingsError, RoutesError) as e:
-        sys.stderr.write("".join(f"router: {line}\n" for line in str(e).splitlines()))
+        errors = str(e).splitlines()
+        if args.json:
+            sys.stdout.write(json.dumps({"ok": False, "errors": errors}, ensure_ascii=False) + "\n")
+        for error in () if args.json else errors:
+            sys.stderr.write(f"{mark('error', 31, sys.stderr)}: {error}\n")
         return 1
+    parser.print_help()
+    return 2
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    parser = argparse.ArgumentParser("router.py", description="An OpenAI-compatible LLM router.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    serve = commands.add_parser("serve", help="run the service (settings: environment and .env)")
+    serve.add_argument("--or-demo", action="store_true", help="demo texts when there is no key")
+    route = commands.add_parser("route", help="say where a text would go and why")
+    route.add_argument("text", help="what a person would say")
+    check = commands.add_parser("check", help="say what is wrong with routes.json and the settings")
+    check.add_argument("file", nargs="?", help="default: ROUTER_ROUTES, or routes.json")
+    check.add_argument("--banner", action="store_true", help="say where the service will listen")
+    for command in (serve, route, check):
+        command.add_argument("--json", action="store_true", help="for a program: one JSON document")
+    return parser
+
+
+def mark(word: str, color: int, stream: TextIO) -> str:
+    """`word` in a color on a terminal, plain in a pipe or with NO_COLOR set."""
+    colored = stream.isatty() and not os.environ.get("NO_COLOR")
+    return f"\x1b[{color}m{word}\x1b[0m" if colored else word
 
 
 def read_dotenv(path: Path) -> None:
@@ -157,13 +173,15 @@ def read_dotenv(path: Path) -> None:
                 os.environ.setdefault(key.strip(), value.strip().strip("\"'"))
 
 
-def run_serve(or_demo: bool) -> int:
+def run_serve(or_demo: bool, as_json: bool) -> int:
     """Become gunicorn; 1 when routes.json or a setting is unusable."""
     read_dotenv(HERE / ".env")
     settings = Settings.from_env(os.environ)
     table = table_for_start(settings)
     if or_demo and len(without_key(settings, table)) == len(table.upstreams):
         os.environ["ROUTER_DEMO"] = "1"
+    if as_json:
+        os.environ["ROUTER_LOG_FORMAT"] = "json"
     os.chdir(HERE)
     os.execv(
         sys.executable, [sys.executable, "-m", "gunicorn", "-c", "gunicorn.conf.py", "wsgi:app"]
@@ -230,7 +248,7 @@ def without_key(settings: Settings, table: Table) -> list[Upstream]:
     return [upstream for upstream in needy if not settings.secret(upstream.api_key_env or "")]
 
 
-def run_check(file: str | None, banner: bool) -> int:
+def run_check(file: str | None, banner: bool, as_json: bool) -> int:
     """Print warnings, or a banner; errors are raised with their place."""
     if not banner:  # the service's own start has its environment already
         read_dotenv(HERE / ".env")
@@ -246,11 +264,14 @@ def run_check(file: str | None, banner: bool) -> int:
     except RoutesError as e:
         raise RoutesError("\n".join(f"{path}: {line}" for line in str(e).splitlines())) from e
     missing = [f"{u.name} has no key: set {u.api_key_env}" for u in without_key(settings, table)]
-    for warning in [*table.warnings, *missing]:
-        sys.stdout.write(f"warning: {warning}\n")
-    sys.stdout.write(
-        f"{path}: {len(table.categories)} categories, {len(table.models)} models: fine\n"
-    )
+    warnings = [*table.warnings, *missing]
+    if as_json:
+        sys.stdout.write(json.dumps({"ok": True, "warnings": warnings}, ensure_ascii=False) + "\n")
+        return 0
+    for warning in warnings:
+        sys.stdout.write(f"{mark('warning', 33, sys.stdout)}: {warning}\n")
+    counts = f"{len(table.categories)} categories, {len(table.models)} models"
+    sys.stdout.write(f"{path}: {counts}: {mark('fine', 32, sys.stdout)}\n")
     return 0
 
 
@@ -264,9 +285,9 @@ def print_banner(settings: Settings, table: Table) -> None:
         )
     classifier = "keywords only"
     if table.mode != "keywords":
-        classifier = (
-            f"{table.mode}: {table.ollama['model']} at {table.ollama['base_url']}, keywords"
-        )
+        ollama = f"{table.ollama['model']} at {table.ollama['base_url']}"
+        order = "keywords, then" if table.mode == "hybrid" else "Ollama,"
+        classifier = f"{table.mode}: {order} {ollama}"
     curl = f"curl {base}/v1/chat/completions -H 'Content-Type: application/json' " \
            """-d '{"model":"router","messages":[{"role":"user","content":"Hello"}]}'"""  # fmt: skip
     lines = [
@@ -278,4 +299,7 @@ def print_banner(settings: Settings, table: Table) -> None:
         lines.append(
             "  note        behind a proxy set ROUTER_ADMIN_TOKEN, or /config is open to all"
         )
+    if settings.log_format == "json":
+        facts = {"event": "banner", "url": base, "upstream": upstreams, "classifier": classifier}
+        lines = [json.dumps({**facts, "routes": str(settings.routes), "demo": settings.demo})]
     sys.stderr.write("\n".join(lines) + "\n")

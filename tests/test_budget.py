@@ -49,7 +49,7 @@ def test_router_stays_within_its_budget():
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_leaves_stay_small(path):
-    assert path.name == "router.py" or code_lines(path) <= 550
+    assert path.name == "router.py" or code_lines(path) <= 600
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
 
@@ -13,6 +14,8 @@ from upstream import answer_body, pieces, plain, sse, whole
 import router as module
 from judge import judge
 from prompts import clean
+from routes_file import RoutesError, load_table, routes_schema
+from wire import retry_after_of
 
 
 @pytest.mark.parametrize("model", ["\\ud800", "a\\ud800b"])
@@ -194,3 +197,56 @@ def test_a_key_file_that_cannot_be_read_stops_the_start_by_its_name(tmp_path):
 
     with pytest.raises(AssertionError, match="TEST_API_KEY_FILE"):
         Service(tmp_path, small_routes("http://127.0.0.1:1"), **env)
+
+
+@pytest.mark.parametrize("header", ["SCRIPT_NAME: /zzz", "Script_Name: /health", "PATH_INFO: /x"])
+def test_no_header_of_a_client_changes_the_path(service, header):
+    head = f"GET /health HTTP/1.1\r\nHost: localhost\r\n{header}\r\nConnection: close\r\n\r\n"
+
+    answer = service.raw(head.encode())
+
+    status = int(answer.split(b" ")[1])
+    assert status == 200 or (status == 400 and b'{"error"' in answer)
+
+
+def test_refused_half_bodies_give_their_threads_back(tmp_path, upstream):
+    service = Service(tmp_path, small_routes(upstream.url), ROUTER_THREADS="10")
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/plain\r\n"
+    socks = []
+    try:
+        for _ in range(20):
+            sock = socket.create_connection(("127.0.0.1", service.port), timeout=5)
+            sock.sendall(head + b"Content-Length: 100\r\n\r\n{")
+            socks.append(sock)
+
+        began = time.monotonic()
+        assert service.get("/health").status_code == 200
+        assert time.monotonic() - began < 3
+    finally:
+        [sock.close() for sock in socks]
+        service.stop()
+
+
+def test_a_pipe_instead_of_the_routes_file_keeps_the_last_good_table(routes, client, clock):
+    client.app.extensions["router"].store._next_look = 0.0
+    routes.unlink()
+    os.mkfifo(routes)
+
+    health = client.get("/health").json
+
+    assert health["config"]["error"] == "is not a regular file"
+    assert client.chat().status_code == 200
+
+
+def test_a_lone_surrogate_in_the_file_is_refused():
+    text = json.dumps(small_routes("http://h")).replace("refactor*", "caf\\\\ud800 zz")
+
+    with pytest.raises(RoutesError, match="surrogate"):
+        load_table(text.replace("\\\\ud800", "\\ud800"), routes_schema())
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"), [("inf", 1e9), ("9" * 400, 1e9), ("nan", None), ("-5", 0)]
+)
+def test_retry_after_is_bounded_whatever_it_says(value, seconds):
+    assert retry_after_of(value) == seconds
