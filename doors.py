@@ -137,10 +137,19 @@ def keys_needed(request: flask.Request, settings: Settings) -> dict[str, str]:
     return {name: key for name, key in needed.items() if key}
 
 
+_ABSOLUTE = re.compile(r"[a-z][a-z0-9+.-]*://([^/?#]*)", re.I)
+_HOST = re.compile(r"(?:\[([0-9a-f:.%]+)\]|([^\[\]:]*))(?::[0-9]{0,5})?")
+
+
 def host_of(request: flask.Request) -> str:
-    """The Host header without its port and brackets, in lower case."""
-    host = request.environ.get("HTTP_HOST", "").strip().lower()
-    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    """The host asked for, without port and brackets, in lower case; '' when it is malformed.
+
+    A target such as `http://name/path` outranks the Host header (RFC 9112, 3.2.2).
+    """
+    target = _ABSOLUTE.match(request.environ.get("RAW_URI", ""))
+    host = target[1] if target else request.environ.get("HTTP_HOST", "")
+    found = _HOST.fullmatch(host.strip().lower())
+    return (found[1] or found[2] or "") if found else ""
 
 
 def is_local(request: flask.Request) -> bool:

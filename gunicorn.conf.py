@@ -91,6 +91,8 @@ class Envelope:
     def sendall(self, page):
         """Send the status of gunicorn's page with our envelope as its body."""
         head = page.split(b"\r\n", 1)[0]
+        if head.endswith(b"Bad Request"):  # also said with a 500 or 501, but never our fault
+            head = b"HTTP/1.1 400 Bad Request"
         status = int(head.split(b" ")[1])
         kind = "internal_error" if status == 500 else "bad_request"
         said = head.split(b" ", 2)[2].decode("latin1")

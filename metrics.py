@@ -310,7 +310,10 @@ def as_prometheus(accept: str, *collectors: Any) -> tuple[bytes, str]:
     registry = CollectorRegistry(auto_describe=False)
     for collector in collectors:
         registry.register(collector)
-    encoder, content_type = choose_encoder(accept)
+    try:
+        encoder, content_type = choose_encoder(accept)
+    except (TypeError, ValueError):  # a version that is none
+        encoder, content_type = choose_encoder("")
     return encoder(registry), content_type
 
 

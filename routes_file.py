@@ -407,6 +407,8 @@ def say_schema_error(e: jsonschema.ValidationError) -> str:
         return e.message
     if kind == "type":
         return f"should be {wanted}"
+    if kind == "uniqueItems":
+        return "should name each model once"
     if kind in ("minItems", "minProperties", "minLength"):
         return "should be non-empty"
     if kind == "enum":

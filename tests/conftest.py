@@ -20,6 +20,7 @@ PROGRAMS = {
     "redis": "redis-server",
     "chromium": "chromium",
     "promtool": "promtool",
+    "systemd": "systemd-analyze",
 }
 
 
