@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help install run test lint drill clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@$(PYTHON) -c 'import re; print("\n".join("make %-9s %s" % row for row in re.findall(r"(?m)^([a-z-]+):.*## (.*)", open("Makefile").read())))'
 
 install: $(VENV)/.installed  ## make the virtual environment with what the service needs
 
@@ -39,9 +39,9 @@ $(VENV)/bin/python:
 $(VENV)/.installed: requirements.txt | $(VENV)/bin/python
 	@echo "installing what the service needs into $(VENV)"
 	@$(BIN)/pip install --quiet -r requirements.txt
-	@touch $@
+	@: > $@
 
 $(VENV)/.installed-tests: tests/requirements.txt $(VENV)/.installed
 	@echo "installing what the tests need into $(VENV)"
 	@$(BIN)/pip install --quiet -r tests/requirements.txt
-	@touch $@
+	@: > $@

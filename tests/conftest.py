@@ -21,6 +21,8 @@ PROGRAMS = {
     "chromium": "chromium",
     "promtool": "promtool",
     "systemd": "systemd-analyze",
+    "curl": "curl",
+    "sed": "sed",
 }
 
 

@@ -6,13 +6,13 @@ import json
 import socket
 import ssl
 import struct
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from conftest import LocalClient, Service, settings_for, small_routes
 from upstream import (
     Peer,
@@ -136,15 +136,12 @@ STATES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Key and self-signed certificate for 127.0.0.1, in one file."""
-    folder = tmp_path_factory.mktemp("tls")
-    key, cert, both = folder / "key.pem", folder / "cert.pem", folder / "both.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
-               "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=localhost",
-               "-addext", "subjectAltName=IP:127.0.0.1",
-               "-keyout", str(key), "-out", str(cert)]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True)
-    both.write_bytes(key.read_bytes() + cert.read_bytes())
+    """Key and certificate for 127.0.0.1, and the authority that signed it, in one file."""
+    both = tmp_path_factory.mktemp("tls") / "both.pem"
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    pems = [issued.private_key_pem, *issued.cert_chain_pems, authority.cert_pem]
+    both.write_bytes(b"".join(pem.bytes() for pem in pems))
     return both
 
 
@@ -266,7 +263,7 @@ def test_a_client_that_stays_gets_its_answer_over_tls(patient, tls_upstream):
     assert answer.headers["X-Router-Model"] == "acme/safe"
 
 
-def test_a_self_signed_certificate_is_refused_unless_it_is_named(
+def test_a_certificate_of_an_unknown_authority_is_refused_unless_it_is_named(
     upstream, tls_upstream, certificate, tmp_path
 ):
     tls_upstream.reset()

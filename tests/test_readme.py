@@ -29,6 +29,7 @@ def curl_lines() -> list[str]:
     return re.findall(r"^ *(curl .*)$", README, re.M)
 
 
+@pytest.mark.debian("curl")
 @pytest.mark.parametrize("line", curl_lines())
 def test_each_curl_of_the_readme_works_in_demo_mode(demo, line):
     command = shlex.split(line.replace("127.0.0.1:3456", f"127.0.0.1:{demo.port}"))

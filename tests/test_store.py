@@ -176,8 +176,10 @@ def to_a_symlink(path: Path, text: str) -> None:
     os.replace(path.parent / "link", path)
 
 
-EDITORS = [in_place, by_rename, by_backup, by_sed, with_the_old_time, by_copy_of_an_older_file,
-           to_a_symlink]  # fmt: skip
+EDITORS = [
+    in_place, by_rename, by_backup, pytest.param(by_sed, marks=pytest.mark.debian("sed")),
+    with_the_old_time, by_copy_of_an_older_file, to_a_symlink,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("edit", EDITORS)
