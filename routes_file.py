@@ -677,7 +677,7 @@ def read_file(path: Path) -> str:
     """The text of a routes file, line ends as they are; Unreadable or RoutesError."""
     try:
         if not path.is_file() and path.exists():  # a pipe would wait for its writer
-            raise Unreadable("is not a regular file")
+            raise Unreadable("cannot be read: not a regular file")
         return path.read_bytes().decode()
     except OSError as e:
         raise Unreadable(f"cannot be read: {e.strerror}") from e

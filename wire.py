@@ -411,7 +411,7 @@ def retry_after_of(value: str | None) -> float | None:
             seconds = parsedate_to_datetime(value or "").timestamp() - time.time()
         except (TypeError, ValueError, OverflowError):
             return None
-    return None if math.isnan(seconds) else min(max(0.0, seconds), 1e9)
+    return None if math.isnan(seconds) else min(max(0.0, seconds), 1e10)
 
 
 class Event(NamedTuple):

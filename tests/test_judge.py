@@ -333,7 +333,7 @@ def test_any_shape_of_an_error_body_is_judged_by_its_status(body):
     ("status", "value", "seconds"),
     [
         (429, "7", 7.0), (503, "7", 7.0), (429, "0.5", 0.5), (429, "-3", 0.0),
-        (429, None, None), (429, "soon", None), (429, "nan", None), (429, "inf", None),
+        (429, None, None), (429, "soon", None), (429, "nan", None), (429, "inf", 1e10),
         (500, "7", None), (400, "7", None), (402, "7", None),
     ],
 )  # fmt: skip

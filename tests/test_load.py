@@ -221,7 +221,7 @@ def test_a_client_that_reads_slowly_is_no_strike_and_gets_all(service, upstream)
 def test_a_client_that_reads_a_comment_slowly_is_no_strike_either(service, upstream):
     gate, word = threading.Event(), chunk({"content": "word "})
     comment = b": " + b"z" * (7 << 20) + b"\n\n"
-    upstream.default = pieces([word, comment, gate.wait, 0.6, *events(["end"], usage=None)])
+    upstream.default = pieces([word, comment, gate.wait, 0.2, *events(["end"], usage=None)])
 
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)

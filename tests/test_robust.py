@@ -234,7 +234,7 @@ def test_a_pipe_instead_of_the_routes_file_keeps_the_last_good_table(routes, cli
 
     health = client.get("/health").json
 
-    assert health["config"]["error"] == "is not a regular file"
+    assert health["config"]["error"] == "cannot be read: not a regular file"
     assert client.chat().status_code == 200
 
 
@@ -246,7 +246,7 @@ def test_a_lone_surrogate_in_the_file_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("value", "seconds"), [("inf", 1e9), ("9" * 400, 1e9), ("nan", None), ("-5", 0)]
+    ("value", "seconds"), [("inf", 1e10), ("9" * 400, 1e10), ("nan", None), ("-5", 0)]
 )
 def test_retry_after_is_bounded_whatever_it_says(value, seconds):
     assert retry_after_of(value) == seconds
