@@ -80,10 +80,10 @@ def test_the_first_start_copies_routes_json_and_later_ones_keep_it(tmp_path):
     script = value("ExecStartPre").removeprefix("/bin/sh -c '").removesuffix("'")
     script = script.replace("/opt/llm-router", str(ROOT)).replace("%S", str(tmp_path))
 
-    subprocess.run(["/bin/sh", "-c", script], check=True, timeout=10)
+    subprocess.run(["/bin/sh", "-c", script], env={"PATH": "/usr/bin:/bin"}, check=True, timeout=10)
     first = (state / "routes.json").read_text()
     (state / "routes.json").write_text("mine")
-    subprocess.run(["/bin/sh", "-c", script], check=True, timeout=10)
+    subprocess.run(["/bin/sh", "-c", script], env={"PATH": "/usr/bin:/bin"}, check=True, timeout=10)
 
     assert first == (ROOT / "routes.json").read_text()
     assert (state / "routes.json").read_text() == "mine"
