@@ -556,7 +556,7 @@ class Trip:
 
 
 class Reference:
-    """DESIGN 8 read aloud: a circuit is a small dictionary, an epoch tells its lives apart."""
+    """The rules read aloud: a circuit is a small dictionary, an epoch tells its lives apart."""
 
     def __init__(self, clock: Clock):
         self.clock = clock

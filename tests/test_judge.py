@@ -9,7 +9,7 @@ import pytest
 from judge import VERDICTS, failure_from, judge
 from wire import retry_after_of
 
-# --- the table: DESIGN 7, a line per row ---------------------------------------------------------
+# --- the table, a line per row -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

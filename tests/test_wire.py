@@ -299,7 +299,7 @@ def test_one_flight_that_cannot_be_watched_does_not_keep_the_others_alive(clock,
         wait_until(lambda: healthy.why == "client_left", 1.0)
 
 
-# --- the traps of DESIGN 9 -----------------------------------------------------------------------
+# --- the traps of hanging up --------------------------------------------------------------------
 
 
 @pytest.fixture
