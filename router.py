@@ -454,9 +454,9 @@ class Keywords:
         hit = name, entry.partition("^")[0], weight
         if not is_prefix:
             self._exact.setdefault(key, []).append(hit)
-        else:  # looked up by its first three letters, a phrase by its first word
+        else:  # looked up by its first letters, a phrase by its first word and its number of words
             self._prefix.setdefault((len(words), key), []).append(hit)
-            head = f"{words[0]} " if len(words) > 1 else key[:3]
+            head = f"{words[0]} {len(words)}" if len(words) > 1 else key[:3]
             self._lengths.setdefault(head, set()).add(len(key))
         if len(words) > 1:
             self._sizes.setdefault(words[0], set()).add(len(words))
@@ -488,7 +488,7 @@ class Keywords:
         for size in self._sizes.get(word, ()):
             gram = " ".join(words[at : at + size])
             hits += self._exact.get(gram, ())
-            for length in self._lengths.get(f"{word} ", ()):
+            for length in self._lengths.get(f"{word} {size}", ()):
                 hits += self._prefix.get((size, gram[:length]), ())
         return hits
 
