@@ -132,6 +132,9 @@ def tokens_of(text: str) -> list[str]:
 ENTRY = re.compile(r"(?P<words>.*?)(?P<prefix>\*?)(?:\^(?P<weight>\d+(?:\.\d+)?))?", re.S)
 
 
+LONGEST_PHRASE = 6  # words; of a longer entry the first six decide, which bounds a match's time
+
+
 def is_entry(entry: str) -> bool:
     """True when `parse_entry` can read it; a weight alone is no word."""
     parts = ENTRY.fullmatch(entry.strip())
@@ -141,7 +144,7 @@ def is_entry(entry: str) -> bool:
 def parse_entry(entry: str) -> tuple[tuple[str, ...], bool, float]:
     """(words, is a prefix, weight) of `two words`, `word*^2`; ValueError when it has no word."""
     parts = ENTRY.fullmatch(entry.strip())
-    words = tuple(tokens_of(cap(parts["words"]))) if parts else ()
+    words = tuple(tokens_of(cap(parts["words"]))[:LONGEST_PHRASE]) if parts else ()
     if not parts or not words:
         raise ValueError(f"{entry!r} holds no letter or digit")
     return words, bool(parts["prefix"]), float(parts["weight"] or 1)

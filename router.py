@@ -452,10 +452,15 @@ class Keywords:
         words, is_prefix, weight = parse_entry(entry)
         key = " ".join(words)
         hit = name, entry.partition("^")[0], weight
-        if not is_prefix:
-            self._exact.setdefault(key, []).append(hit)
-        else:  # looked up by its first letters, a phrase by its first word and its number of words
-            self._prefix.setdefault((len(words), key), []).append(hit)
+        hits = (
+            self._prefix.setdefault((len(words), key), [])
+            if is_prefix
+            else self._exact.setdefault(key, [])
+        )
+        if any(other[0] == name and other[2] >= weight for other in hits):
+            return  # the same words in one category tell one thing
+        hits.append(hit)
+        if is_prefix:  # looked up by its first letters, a phrase by first word and length
             head = f"{words[0]} {len(words)}" if len(words) > 1 else key[:3]
             self._lengths.setdefault(head, set()).add(len(key))
         if len(words) > 1:

@@ -148,6 +148,13 @@ def test_keywords_match_whole_words_without_case_and_accents(entry, text, matche
     assert (found.category == "mine") is matches
 
 
+def test_of_a_very_long_phrase_the_first_six_words_decide():
+    keywords = module.Keywords({"mine": ["one two three four five six seven eight"]})
+
+    assert keywords.match("one two three four five six and more").category == "mine"
+    assert keywords.match("one two three four five seven").category is None
+
+
 def test_a_weight_counts():
     lists = {"one": ["alpha", "beta"], "two": ["gamma^3"]}
 
