@@ -2,10 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+FLOORS := .venv-floors
+CORE_TESTS := test_api.py test_end_to_end.py test_metrics.py
+# Once `make lock` has pinned every package by its hash, nothing else is installed.
+PINNED := $(wildcard requirements.lock)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint drill clean
+.PHONY: help install run test floors lint lock drill clean
 
 help:  ## show this list
 	@$(PYTHON) -c 'import re; print("\n".join("make %-9s %s" % row for row in re.findall(r"(?m)^([a-z-]+):.*## (.*)", open("Makefile").read())))'
@@ -18,16 +22,27 @@ run: $(VENV)/.installed  ## serve on 127.0.0.1:3456; without a key it answers wi
 test: $(VENV)/.installed-tests  ## run all tests, with real servers on this machine only
 	@$(BIN)/python -m pytest
 
-lint: $(VENV)/.installed-tests  ## ruff and mypy
+floors: $(VENV)/.installed-tests  ## run the core tests with the oldest versions that are allowed
+	@test -x $(FLOORS)/bin/pytest || { $(PYTHON) -m venv $(FLOORS) && sed 's/>=/==/; s/,.*//' requirements.txt | \
+	  $(FLOORS)/bin/pip install --quiet -r /dev/stdin openai hypothesis trustme; }
+	@$(FLOORS)/bin/python -m pytest $(addprefix tests/,$(CORE_TESTS))
+
+lint: $(VENV)/.installed-tests  ## ruff, mypy and bandit
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/bandit --quiet -c pyproject.toml *.py
+
+lock: $(VENV)/.installed-tests  ## pin all packages by hash in requirements.lock; install obeys it
+	@$(BIN)/pip-compile --quiet --generate-hashes --strip-extras --no-annotate --no-header \
+	  --no-emit-index-url --no-emit-trusted-host --no-emit-find-links -o requirements.lock requirements.txt
+	@echo "requirements.lock is written; from now on make install takes nothing else"
 
 drill: $(VENV)/.installed  ## 16 provider faults against the real router, one by one
 	@$(BIN)/python bench/drill.py
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis __pycache__ */__pycache__
+	rm -rf $(VENV) $(FLOORS) .pytest_cache .mypy_cache .ruff_cache .hypothesis __pycache__ */__pycache__
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -36,9 +51,9 @@ $(VENV)/bin/python:
 	  { echo "Python's venv is missing. On Debian or Ubuntu: sudo apt install python3-venv"; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: requirements.txt | $(VENV)/bin/python
+$(VENV)/.installed: requirements.txt $(PINNED) | $(VENV)/bin/python
 	@echo "installing what the service needs into $(VENV)"
-	@$(BIN)/pip install --quiet -r requirements.txt
+	@$(BIN)/pip install --quiet $(if $(PINNED),--require-hashes -r $(PINNED),-r requirements.txt)
 	@: > $@
 
 $(VENV)/.installed-tests: tests/requirements.txt $(VENV)/.installed

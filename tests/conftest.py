@@ -15,6 +15,10 @@ from upstream import Upstream
 import router as module
 
 __all__ = ["KEY", "ROOT", "Service", "free_port", "small_routes"]  # for the test files
+FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run
+    --disable-background-networking --disable-component-update --disable-sync
+    --disable-dev-shm-usage --window-size=1200,1600"""
+NAMES = "--host-resolver-rules=MAP *.test 127.0.0.1"  # as if a stranger's name pointed here
 PROGRAMS = {
     "nginx": "nginx",
     "redis": "redis-server",
@@ -140,3 +144,17 @@ def shared_service(
 def service(shared_service: Service, upstream: Upstream) -> Service:
     shared_service.post("/circuit-breaker/reset-all")
     return shared_service
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = "/usr/bin/chromium"
+    for flag in [*FLAGS.split(), NAMES, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService("/usr/bin/chromedriver"))
+    driver.set_script_timeout(10)
+    yield driver
+    driver.quit()

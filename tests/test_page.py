@@ -14,28 +14,11 @@ from upstream import Upstream, error, slow, whole
 
 from judge import VERDICTS
 
-webdriver = pytest.importorskip("selenium.webdriver")
 waits = pytest.importorskip("selenium.webdriver.support.wait")
 
 pytestmark = pytest.mark.debian("chromium")
-FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run
-    --disable-background-networking --disable-component-update --disable-sync
-    --disable-dev-shm-usage --window-size=1200,1600"""
 HOSTILE = "<img src=x onerror=window.hacked=1>"
 TOKEN = "admin-token-of-the-page-tests"
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = "/usr/bin/chromium"
-    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService("/usr/bin/chromedriver"))
-    driver.set_script_timeout(10)
-    yield driver
-    driver.quit()
 
 
 class Page:
