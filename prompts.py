@@ -112,6 +112,9 @@ TOKEN = re.compile(
     r"[^\W\d_](?:\+\+|#)(?!\w)|(?<!\w)\.[a-z]\w*|[\u3040-\u30ff\u4e00-\u9fff]"
     r"|[^\W\u3040-\u30ff\u4e00-\u9fff]+"
 )
+# Plain ASCII without those three is parted eight times as quickly.
+NOT_PLAIN = re.compile(r"[+#]|\.(?<!\w\.)[a-z]")
+BLANKS = str.maketrans({chr(n): " " for n in range(128) if not (chr(n).isalnum() or n == 95)})
 
 
 def cap(text: str) -> str:
@@ -125,7 +128,8 @@ def tokens_of(text: str) -> list[str]:
     if not text.isascii():
         folded = unicodedata.normalize("NFD", text.translate(LIGATURES))
         text = ACCENTS.sub("", folded)
-    words = TOKEN.findall(text)
+    plain = text.isascii() and not NOT_PLAIN.search(text)
+    words = text.translate(BLANKS).split() if plain else TOKEN.findall(text)
     return words if len(words) <= MOST_WORDS else words[: MOST_WORDS - 100] + words[-100:]
 
 
@@ -155,8 +159,11 @@ def parse_entry(entry: str) -> tuple[tuple[str, ...], bool, float]:
 Hit = tuple[str, str, float]  # category, entry or signal, weight
 
 # Plain prose shows none of these and is spared the search for code; without a digit, for sums.
-SYMBOL = re.compile(r"[`(){}<>=;\\$/_\[\]|#~@]|\w\.\w|[a-z][A-Z]|[A-Z]{4}|Error")
-DIGIT = re.compile(r"[\d\\²³∫√∑≤≥≠∈∀∃π∞]")
+# Each branch begins with characters that can be searched for, not with a class such as \w.
+SYMBOL = re.compile(
+    r"[`(){}<>=;\\$/_\[\]|#~@]|\.(?<=\w\.)\w|[A-Z](?:(?<=[a-z][A-Z])|[A-Z]{3}|(?<=E)rror)"
+)
+DIGIT = re.compile(r"[0-9\\²³∫√∑≤≥≠∈∀∃π∞]")
 SHAPES = tuple(
     (category, f"({name})", weight, re.compile(pattern, re.M))
     for category, name, weight, pattern in (

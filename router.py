@@ -15,9 +15,9 @@ Who owns which state, each object with one private lock:
     Flights      what is in the air: permits, sockets, deadlines           (wire.py)
     Metrics      counters and the ring of recent requests                  (metrics.py)
 
-The files beside this one each do one thing and hold no other's state.
-judge.py is the table of what counts as a failure, doors.py says who may come in, startup.py holds
-the settings and the command line, prompts.py finds the words a person said.
+The files beside this one each do one thing and hold no other's state: chat.py reads a
+request's JSON, prompts.py finds the words a person said, judge.py is the table of what counts as a
+failure, doors.py says who may come in, startup.py holds the settings and the command line.
 Importing this module starts nothing: `create_app` builds the objects.
 """
 
@@ -28,7 +28,6 @@ import json
 import logging
 import math
 import os
-import re
 import secrets
 import socket
 import sys
@@ -37,8 +36,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from itertools import islice
+from functools import lru_cache
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 from urllib.parse import quote
@@ -49,6 +48,7 @@ import requests
 from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
 
+from chat import Chat, fits, parse_object
 from doors import CHAT_PATHS, RouterError, guard, invalid, read_page, scrub
 from judge import VERDICTS, check_head, failure_from
 from metrics import (
@@ -75,16 +75,13 @@ from prompts import (
 )  # fmt: skip
 from routes_file import (
     BUILT_IN,
-    Member,
     Model,
     Refused,
     Store,
     Table,
     Upstream,
-    depth_of,
     now_text,
     say_schema_error,
-    scan_object,
 )  # fmt: skip
 from startup import VERSION, Settings, SettingsError, main
 from wire import (
@@ -110,61 +107,6 @@ log = logging.getLogger("llm_router")
 
 # --- reading a request -------------------------------------------------------------------------
 
-MAX_DEPTH = 64  # real requests stay under 20; the C parser of json gives up near 1,000
-
-
-@dataclass(frozen=True)
-class Chat:
-    """A checked chat request. `text` is the body as it came; only members of it are replaced."""
-
-    text: str
-    body: Mapping[str, Any]
-    members: Sequence[Member]
-
-    @property
-    def stream(self) -> bool:
-        """True when the client wants server-sent events."""
-        return bool(self.body.get("stream"))
-
-    @property
-    def wants_usage(self) -> bool:
-        """True when the client asked for the usage chunk of a stream itself."""
-        return bool((self.body.get("stream_options") or {}).get("include_usage"))
-
-    @property
-    def wants_tools(self) -> bool:
-        """True when a model may be expected to call a tool."""
-        return bool(self.body.get("tools")) and self.body.get("tool_choice") != "none"
-
-    @cached_property
-    def wants_images(self) -> bool:
-        """True when a message holds an image part."""
-        contents = (message.get("content") for message in self.body["messages"])
-        parts = (part for content in contents if isinstance(content, list) for part in content)
-        return any(part.get("type") in ("image_url", "input_image") for part in parts)
-
-    def is_longer_than(self, context: int) -> bool:
-        """True when the text surely has over `context` tokens: none is longer than 8 characters."""
-        if len(self.text) <= 8 * context:
-            return False
-        text = re.sub(r'"data:[^"]{200,}"|"[\w+/=-]{1000,}"', "", self.text)  # files are not text
-        return len(re.sub(r"\\u[0-9a-fA-F]{4}", "x", text)) > 8 * context
-
-    def for_model(self, model_id: str) -> bytes:
-        """The body for one upstream call: `model` replaced, usage asked for when it streams."""
-        edits = {"model": json.dumps(model_id)}
-        if self.stream:
-            options = {**(self.body.get("stream_options") or {}), "include_usage": True}
-            edits["stream_options"] = json.dumps(options)
-        out, done = [], self.members[0].start
-        out.append(self.text[:done])
-        out += [f'"{key}": {value}, ' for key, value in edits.items() if key not in self.body]
-        for member in self.members:
-            if member.key in edits:
-                out += [self.text[done : member.value], edits[member.key]]
-                done = member.end
-        return "".join([*out, self.text[done:]]).encode()
-
 
 def read_body(request: flask.Request) -> bytes:
     """The request body; RouterError 413 when it is too large, 499 when it was cut short."""
@@ -185,43 +127,15 @@ def read_body(request: flask.Request) -> bytes:
         raise RouterError(499, "client_left", "the upload was cut short") from e
 
 
-def parse_object(data: bytes) -> tuple[str, dict[str, Any], list[Member]]:
-    """Text, value and member positions of a JSON object; 400 when it is not one, or too deep."""
-    try:
-        text = data.decode()
-        value, members, end = scan_object(text)
-        if text[end:].strip(" \t\r\n"):
-            raise json.JSONDecodeError("Extra data", text, end)
-        if data.count(b"{") + data.count(b"[") > MAX_DEPTH and depth_of(value) > MAX_DEPTH:
-            raise ValueError
-    except UnicodeDecodeError as e:
-        why = f"byte {e.start} is not UTF-8"
-    except json.JSONDecodeError as e:
-        why = f"line {e.lineno}, column {e.colno}: {e.msg}"
-    except (ValueError, RecursionError):  # NaN, integers of thousands of digits, depth
-        why = f"a number that JSON does not know, or nested over {MAX_DEPTH} deep"
-    else:
-        return text, value, members
-    raise RouterError(400, "invalid_json", f"the body is not a JSON object: {why}")
-
-
 def read_chat(data: bytes) -> Chat:
     """The chat request in `data`; 400 when it is not JSON, 422 with every place that does not fit.
 
-    The full schema costs 2 ms on a long conversation, the one without the messages 20 µs; those
-    are looked at here, and the full one only words the refusal.
+    The schema takes 2 ms for a long conversation, so it only words a refusal.
     """
     text, body, members = parse_object(data)
-    check(body, "ChatHead")
-    if not all(map(_fits, body["messages"])):
+    if not fits(body):
         check(body, "ChatRequest")
     return Chat(text, body, members)
-
-
-def _fits(message: Any) -> bool:
-    content = message.get("content") if isinstance(message, dict) else 0
-    parts = isinstance(content, list) and all(isinstance(part, dict) for part in content)
-    return (parts or isinstance(content, str | None)) and isinstance(message.get("role"), str)
 
 
 def check(body: Any, name: str) -> None:
@@ -441,38 +355,40 @@ class Keywords:
     def __init__(self, lists: Mapping[str, Iterable[str]]):
         self.multipliers = {name: MULTIPLIERS.get(name, USER_MADE) for name in lists}
         self._exact: dict[str, list[Hit]] = {}
-        self._prefix: dict[tuple[int, str], list[Hit]] = {}
-        self._sizes: dict[str, set[int]] = {}  # first word -> how many words its phrases have
-        self._lengths: dict[str, set[int]] = {}  # first letters -> how long its prefixes are
+        self._prefix: dict[str, list[Hit]] = {}
+        self._stems: dict[str, set[int]] = {}  # up to 3 letters -> how long the prefixes are
+        self._sizes: dict[str, set[int]] = {}  # two words (or one) -> how many a phrase has
+        self._lengths: dict[tuple[str, int], set[int]] = {}  # these, with a prefix at the end
+        # Each step of a tool loop asks about the same text, each follow-up about the one before.
+        self._remembered = lru_cache(maxsize=256)(self._match)
         for name in sorted(lists, key=BUILT_IN.__contains__):  # user-made ones first: they win ties
             for entry in lists[name]:
                 self._add(name, entry)
 
     def _add(self, name: str, entry: str) -> None:
         words, is_prefix, weight = parse_entry(entry)
-        key = " ".join(words)
+        key, size = " ".join(words), len(words)
         hit = name, entry.partition("^")[0], weight
-        hits = (
-            self._prefix.setdefault((len(words), key), [])
-            if is_prefix
-            else self._exact.setdefault(key, [])
-        )
+        hits = (self._prefix if is_prefix else self._exact).setdefault(key, [])
         if any(other[0] == name and other[2] >= weight for other in hits):
             return  # the same words in one category tell one thing
         hits.append(hit)
-        if is_prefix:  # looked up by its first letters, a phrase by first word and length
-            head = f"{words[0]} {len(words)}" if len(words) > 1 else key[:3]
-            self._lengths.setdefault(head, set()).add(len(key))
-        if len(words) > 1:
-            self._sizes.setdefault(words[0], set()).add(len(words))
+        if size == 1:
+            if is_prefix:
+                self._stems.setdefault(key[:3], set()).add(len(key))
+            return
+        head = words[0] if is_prefix and size == 2 else " ".join(words[:2])
+        self._sizes.setdefault(head, set()).add(size)
+        if is_prefix:
+            self._lengths.setdefault((head, size), set()).add(len(key))
 
     def find(self, words: list[str]) -> dict[tuple[str, str], tuple[float, int]]:
         """(category, entry) -> (weight, place); of those that begin at one word the heaviest."""
         found: dict[tuple[str, str], tuple[float, int]] = {}
         taken = 0  # up to here the words belong to a user-made category
-        for at, word in enumerate(words):
+        for at, hits in self._hits(words):
             best: dict[str, tuple[str, float]] = {}  # "why" and "why is" tell one thing, not two
-            for name, entry, weight in self._begin_at(words, at, word):
+            for name, entry, weight in hits:
                 if name not in best or weight > best[name][1]:
                     best[name] = entry, weight
             mine = {name: hit for name, hit in best.items() if name not in BUILT_IN}
@@ -482,24 +398,40 @@ class Keywords:
                 found.setdefault((name, entry), (weight, at))
         return found
 
-    def _begin_at(self, words: list[str], at: int, word: str) -> list[Hit]:
+    def _hits(self, words: list[str]) -> Iterator[tuple[int, list[Hit]]]:
+        """Each place where entries begin, with these; hardly any does, so that is what is quick."""
+        exact, stems, sizes = self._exact, self._stems, self._sizes
+        openers = {word for word in set(words)
+                   if word in exact or word in sizes or word[:3] in stems or word[:2] in stems
+                   or word[:1] in stems}  # fmt: skip
+        pairs = [*map(" ".join, pairwise(words)), ""]
+        for at, (word, pair) in enumerate(zip(words, pairs, strict=False)):
+            if word not in openers and pair not in sizes:
+                continue
+            hits = self._single(word)
+            for head, size in [(h, n) for h in (word, pair) for n in sizes.get(h, ())]:
+                hits += self._phrase(" ".join(words[at : at + size]), head, size)
+            if hits:
+                yield at, hits
+
+    def _single(self, word: str) -> list[Hit]:
         hits = list(self._exact.get(word, ()))
-        for length in {
-            *self._lengths.get(word[:3], ()),
-            *self._lengths.get(word[:2], ()),
-            *self._lengths.get(word[0], ()),
-        }:
-            hits += self._prefix.get((1, word[:length]), ())
-        for size in self._sizes.get(word, ()):
-            gram = " ".join(words[at : at + size])
-            hits += self._exact.get(gram, ())
-            for length in self._lengths.get(f"{word} {size}", ()):
-                hits += self._prefix.get((size, gram[:length]), ())
+        for stem in (word[:3], word[:2], word[:1]):
+            for length in self._stems.get(stem, ()):
+                hits += self._prefix.get(word[:length], ())
+        return hits
+
+    def _phrase(self, gram: str, head: str, size: int) -> list[Hit]:
+        hits = list(self._exact.get(gram, ()))
+        for length in self._lengths.get((head, size), ()):
+            hits += self._prefix.get(gram[:length], ())
         return hits
 
     def match(self, text: str) -> Choice:
         """The category `text` scores best for, by words and by structure."""
-        text = cap(text)
+        return self._remembered(cap(text))
+
+    def _match(self, text: str) -> Choice:
         words = tokens_of(text)
         hits = [
             (name, entry, weight if at < 60 or len(words) - at < 40 else weight / 2)
@@ -1569,19 +1501,15 @@ def warm_up(owner: Router) -> None:
 
 
 def request_schemas() -> dict[str, jsonschema.Draft202012Validator]:
-    """openapi.json's schemas, compiled once; ChatHead is ChatRequest without its messages."""
+    """openapi.json's schemas, compiled once."""
     components = json.loads((HERE / "openapi.json").read_text(encoding="utf-8"))["components"]
     names = ("ChatRequest", "RouteRequest", "CategoryChange", "MappingChange")
-    schemas = {
+    return {
         name: jsonschema.Draft202012Validator(
             {**components["schemas"][name], "components": components}
         )
         for name in names
     }
-    request = components["schemas"]["ChatRequest"]
-    head = {**request["properties"], "messages": {"type": "array", "minItems": 1}}
-    schemas["ChatHead"] = jsonschema.Draft202012Validator({**request, "properties": head})
-    return schemas
 
 
 def add_headers(response: flask.Response) -> flask.Response:

@@ -7,12 +7,16 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import routing
 from conftest import KEY, ROOT, LocalClient, settings_for, small_routes
 from upstream import Upstream, hang, plain, raw, slow
 
+import prompts
 import router as module
 from prompts import Continuations, clean, user_texts
 
@@ -193,17 +197,36 @@ def test_ten_thousand_keywords_cost_nothing_per_prompt():
     small = module.Keywords({"a": ["needle"]})
     large = module.Keywords({"a": ["needle", *(f"word{n}" for n in range(10_000))]})
 
-    def calls(keywords) -> int:
+    def calls(keywords, text="where is the needle in this text") -> int:
         seen = []
         sys.setprofile(lambda frame, event, arg: seen.append(event))
         try:
-            keywords.match("where is the needle in this text")
+            keywords.match(text)
         finally:
             sys.setprofile(None)
         return len(seen)
 
-    calls(small)
+    calls(small, "the first call is not counted")
     assert calls(large) == calls(small)
+
+
+def test_a_text_is_matched_once_however_often_a_tool_loop_asks(monkeypatch):
+    keywords = module.Keywords({"code": ["python"]})
+    asked = []
+    find = keywords.find
+    monkeypatch.setattr(keywords, "find", lambda words: asked.append(words) or find(words))
+
+    assert keywords.match("some python") == keywords.match("some python")
+    assert len(asked) == 1
+
+
+@hypothesis.given(st.text(st.sampled_from("abc.+#_ é-1'\nXY漢"), max_size=40))
+@hypothesis.settings(derandomize=True, database=None, deadline=None)
+def test_the_quick_way_to_words_finds_the_same_words(text):
+    folded = unicodedata.normalize("NFD", text.lower())
+    slow = prompts.TOKEN.findall(prompts.ACCENTS.sub("", folded))
+
+    assert prompts.tokens_of(text) == slow
 
 
 def test_french_words_that_fold_to_english_ones_are_no_single_keywords():

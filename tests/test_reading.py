@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import router as module
+from chat import fits
 from routes_file import depth_of, scan_object
 
 JSON = st.recursive(
@@ -108,3 +109,21 @@ def test_an_image_is_not_counted_as_text():
 )
 def test_scrub_masks_keys(secret):
     assert secret not in module.scrub(f"bad key {secret}\n", ["known-secret"])
+
+
+CHAT_SCHEMA = module.request_schemas()["ChatRequest"]
+JUNK = st.sampled_from([None, True, 0, 1.5, "x", "", [], {}, [0], [{}], {"include_usage": 1}])
+MESSAGE = JUNK | st.fixed_dictionaries(
+    {"role": JUNK | st.just("user")}, optional={"content": JUNK | st.lists(JUNK, max_size=2)}
+)
+BODY = st.fixed_dictionaries(
+    {}, optional={"messages": JUNK | st.lists(MESSAGE, max_size=2), "model": JUNK, "stream": JUNK,
+                  "stream_options": JUNK | st.fixed_dictionaries({"include_usage": JUNK}),
+                  "tools": JUNK | st.lists(JUNK, max_size=2), "tool_choice": JUNK}
+)  # fmt: skip
+
+
+@given(BODY)
+@settings(max_examples=500, derandomize=True, database=None, deadline=None)
+def test_the_quick_check_agrees_with_the_schema(body):
+    assert fits(body) == CHAT_SCHEMA.is_valid(body)
