@@ -14,8 +14,9 @@ from functools import cached_property
 from typing import Any
 
 from doors import RouterError
-from routes_file import Member, depth_of, scan_object
+from routes_file import Member, depth_of, scan_object, values_of
 
+MOST_VALUES = 100_000  # a validator takes up to 50 µs for each
 MAX_DEPTH = 64  # real requests stay under 20; the C parser of json gives up near 1,000
 
 
@@ -90,6 +91,15 @@ def parse_object(data: bytes) -> tuple[str, dict[str, Any], list[Member]]:
     else:
         return text, value, members
     raise RouterError(400, "invalid_json", f"the body is not a JSON object: {why}")
+
+
+def has_over(most: int, value: Any) -> bool:
+    """Whether `value` holds more than `most` values, at any depth; looking stops there."""
+    level, count = [value], 0
+    while level and count <= most:
+        count += len(level)
+        level = [v for node in level if isinstance(node, dict | list) for v in values_of(node)]
+    return count > most
 
 
 def fits(body: Mapping[str, Any]) -> bool:

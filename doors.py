@@ -79,9 +79,15 @@ _KEY_SHAPES = re.compile(r"(?i)bearer\s+\S+|\b(?:sk|pk|rk|key|gsk|xai)[-_][\w-]{
 
 def scrub(text: str, known: Iterable[str] = ()) -> str:
     """`text` for a person: known secrets and key-like words masked, controls gone, 600 chars."""
+    text = text[:4000]
     for secret in filter(None, known):
         text = text.replace(secret, "***")
-    text = _KEY_SHAPES.sub("***", text[:4000])[:600]
+        squeezed = "".join(c for c in text if c.isprintable() and not c.isspace())
+        if (
+            len(secret) >= 8 and secret.casefold() in squeezed.casefold()
+        ):  # with a blank in its middle, or in capitals
+            return "***"
+    text = _KEY_SHAPES.sub("***", text)[:600]
     return "".join(c if c.isprintable() else " " for c in text).strip()
 
 

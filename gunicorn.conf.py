@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 from gunicorn.workers import gthread
 
@@ -75,8 +76,23 @@ class Worker(gthread.ThreadWorker):
         return bool(keepalive and conn.parser.finish_body(deadline=deadline))
 
     def handle_error(self, req, client, addr, exc):
-        """Let gunicorn word the refusal, then send it as JSON instead of HTML."""
-        super().handle_error(req, Envelope(client), addr, exc)
+        """Let gunicorn word the refusal, then send it as JSON instead of HTML.
+
+        gunicorn would log what the client sent, which may be a key or a prompt; we log the place.
+        """
+        from wire import where_it_broke  # here, in the worker: the master keeps no code of ours
+
+        where = {"where": where_it_broke(), "address": addr[0] if addr else ""}
+        logging.getLogger("llm_router").warning("request_refused", where)
+        quiet = types.SimpleNamespace(cfg=self.cfg, log=Silence())
+        gthread.ThreadWorker.handle_error(quiet, req, Envelope(client), addr, exc)
+
+
+class Silence:
+    """A log that keeps nothing."""
+
+    def __getattr__(self, name):
+        return lambda *args: None
 
 
 class Envelope:

@@ -48,7 +48,7 @@ import requests
 from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
 
-from chat import Chat, fits, parse_object
+from chat import MOST_VALUES, Chat, fits, has_over, parse_object
 from doors import CHAT_PATHS, RouterError, guard, invalid, read_page, scrub
 from judge import VERDICTS, check_head, failure_from
 from metrics import (
@@ -141,8 +141,12 @@ def read_chat(data: bytes) -> Chat:
 def check(body: Any, name: str) -> None:
     """RouterError 422 with a {loc, msg} per place where `body` does not fit the schema `name`."""
     schema: jsonschema.Draft202012Validator = flask.current_app.extensions["schemas"][name]
-    errors = sorted(schema.iter_errors(body), key=lambda e: [str(p) for p in e.absolute_path])
-    found = [{"loc": ["body", *e.absolute_path], "msg": say_schema_error(e)} for e in errors[:20]]
+    if has_over(MOST_VALUES, body):
+        msg = f"does not fit, and holds over {MOST_VALUES} values, too many to say where"
+        raise invalid([{"loc": ["body"], "msg": msg}])
+    first = islice(schema.iter_errors(body), 20)
+    errors = sorted(first, key=lambda e: [str(p) for p in e.absolute_path])
+    found = [{"loc": ["body", *e.absolute_path], "msg": say_schema_error(e)} for e in errors]
     if found:
         raise invalid(found)
 
@@ -689,6 +693,10 @@ class Upstreams:
             return self._settings.secret(upstream.api_key_env) if upstream.api_key_env else ""
         return ""
 
+    def keys(self) -> list[str]:
+        """Every key that has been sent; one read from a file may have been changed there since."""
+        return [line.key for line in list(self._lines.values())]
+
     def has_key(self, upstream: Upstream) -> bool:
         """True when it can be called: it has its key, needs none, or the demo stands in."""
         if self._settings.demo or not upstream.api_key_env or upstream in self._lines:
@@ -1157,8 +1165,7 @@ class Router:
         """An upstream's refusal as it was, since the client can mend it; without any key in it."""
         status = 400 if refusal.outcome == "content_filter" else refusal.status or 400
         codes = {"context_length": "context_length_exceeded", "content_filter": "content_filter"}
-        keys = [self.upstreams.key(upstream) for upstream in call.table.upstreams.values()]
-        known = [self.settings.api_key, self.settings.admin_token, *keys]
+        known = [self.settings.api_key, self.settings.admin_token, *self.upstreams.keys()]
         text = scrub(refusal.message, known) or f"the model {VERDICTS[refusal.outcome].says}"
         return RouterError(status, "invalid_request_error", text, code=codes.get(refusal.outcome),
                            attempts=call.tries())  # fmt: skip

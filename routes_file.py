@@ -266,7 +266,7 @@ def depth_of(value: Any) -> int:
     level, depth = [value], 0
     while level and depth < 100:
         depth += 1
-        level = [v for node in level for v in _values(node) if isinstance(v, dict | list)]
+        level = [v for node in level for v in values_of(node) if isinstance(v, dict | list)]
     return depth
 
 
@@ -333,7 +333,7 @@ def pretty(value: Any, depth: int = 0, used: int = 0) -> str:
     if not isinstance(value, dict | list) or not value:
         return flat
     inner = "  " * (depth + 1)
-    nests = depth < 2 and any(isinstance(v, dict) for v in _values(value))
+    nests = depth < 2 and any(isinstance(v, dict) for v in values_of(value))
     if used + len(flat) < LINE_WIDTH and not nests:
         return flat
     if isinstance(value, dict):
@@ -352,7 +352,8 @@ def pretty(value: Any, depth: int = 0, used: int = 0) -> str:
     return "[\n" + "\n".join(line.rstrip() for line in lines) + f"\n{inner[2:]}]"
 
 
-def _values(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+def values_of(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    """The members' values, or the items."""
     return value.values() if isinstance(value, dict) else value
 
 

@@ -46,6 +46,9 @@ class Settings:
         """The settings in `environ`; SettingsError naming the variable that does not parse."""
         routes = Path(environ.get("ROUTER_ROUTES") or cls.routes).absolute()
         hosts = environ.get("ROUTER_ALLOWED_HOSTS", "").lower().split(",")
+        bundle = environ.get("REQUESTS_CA_BUNDLE")
+        if bundle and not Path(bundle).exists():
+            raise SettingsError(f"REQUESTS_CA_BUNDLE: there is no {bundle}")
         settings = cls(
             routes=routes,
             bind=environ.get("ROUTER_BIND") or cls.bind,

@@ -223,6 +223,14 @@ class _Noted:
             self.drop_copy()
         super().request(*args, **kwargs)  # type: ignore[misc]
 
+    def getresponse(self) -> Any:
+        """The answer; one that ends with its connection keeps the socket to itself from here on."""
+        sock = self.sock
+        response = super().getresponse()  # type: ignore[misc]
+        if self.flight and self.sock is None:  # closed, as far as http.client is concerned
+            self.flight.attach(sock)
+        return response
+
     def close(self) -> None:
         """Close, and let no flight shut down what the system may give to somebody else."""
         if self.flight:
@@ -313,6 +321,7 @@ class Line:
         self, session: requests.Session, url: str, environ: Mapping[str, str], key: str = ""
     ):
         self.url = url
+        self.key = key
         self.adapter = session.get_adapter(url)
         self.verify = environ.get("REQUESTS_CA_BUNDLE") or True
         local = is_loopback(urlsplit(url).hostname or "")

@@ -30,7 +30,7 @@ from upstream import (
 
 import router as module
 
-SOON_S = 1.0  # the issue's promise: an upstream is closed this long after its client left
+SOON_S = 1.0  # promised: an upstream is closed this long after its client left
 WORD = chunk({"content": "word "})
 WHOLE = "X-Router-Stream: whole\r\n"
 
@@ -116,6 +116,20 @@ def half_an_answer(peer: Peer, request: Request) -> Any:
 
 SILENT_AFTER_A_WORD = pieces([WORD], after="hang")
 SILENT_AFTER_A_COMMENT = pieces([b": PROCESSING\n\n"], after="hang")
+CLOSING = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n"
+OLD = b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+
+
+def then_silence(data: bytes) -> Callable[[Peer, Request], Any]:
+    """Some bytes, then nothing."""
+
+    def script(peer: Peer, request: Request) -> Any:
+        peer.send(data)
+        return "left" if peer.wait_left(30) else False
+
+    return script
+
+
 # name: what the upstream does, what the client asks for
 STATES: dict[str, tuple[Any, dict[str, Any]]] = {
     "streamed, before the head": (hang, {"stream": True}),
@@ -128,6 +142,20 @@ STATES: dict[str, tuple[Any, dict[str, Any]]] = {
     "whole, before the head": (hang, {}),
     "whole, in mid-silence": (half_an_answer, {}),
     "whole, while bytes trickle": (trickle, {}),
+    "whole, closing, in mid-silence": (
+        then_silence(CLOSING + b"Content-Length: 900\r\n\r\n{"),
+        {},
+    ),
+    "whole, without a length, in mid-silence": (then_silence(CLOSING + b"\r\n{"), {}),
+    "whole, a refusal that closes, in mid-silence": (
+        then_silence(CLOSING.replace(b"200 OK", b"500 No") + b"\r\n{"),
+        {},
+    ),
+    "streamed, HTTP/1.0, before the first token": (
+        then_silence(OLD + b": x\n\n"),
+        {"stream": True},
+    ),
+    "streamed, HTTP/1.0, in mid-silence": (then_silence(OLD + WORD), {"stream": True}),
 }
 
 

@@ -23,6 +23,7 @@ from upstream import (
     hang,
     pieces,
     plain,
+    raw,
     reset_at_once,
     slow,
     stream,
@@ -1015,3 +1016,27 @@ def test_the_pause_before_a_retry_ends_when_the_client_leaves(service, upstream)
 
     assert until(lambda: in_air(service) == 0, 1.0)
     assert upstream.models_asked() == [ONE]
+
+
+CLOSING = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n"
+SILENT = {  # heads after which http.client lets go of the socket
+    "with a length": CLOSING + b"Content-Length: 900\r\n\r\n",
+    "in chunks": CLOSING + b"Transfer-Encoding: chunked\r\n\r\n",
+    "with neither": CLOSING + b"\r\n",
+    "HTTP/1.0": b"HTTP/1.0 200 OK\r\nContent-Length: 900\r\n\r\n",
+    "a refusal": CLOSING.replace(b"200 OK", b"500 No") + b"Content-Length: 900\r\n\r\n{",
+}
+
+
+@pytest.mark.parametrize("streams", [True, False])
+@pytest.mark.parametrize("head", SILENT.values(), ids=SILENT)
+def test_limits_hold_for_an_answer_that_ends_with_its_connection(build, upstream, head, streams):
+    upstream.scripts[ONE] = raw(head, after="hang")
+    client = build(timeouts_sec=QUICK)
+    began = time.monotonic()
+
+    answer = client.chat(stream=streams)
+
+    assert answer.status_code == 200
+    assert answer.headers["X-Router-Model"] == TWO
+    assert time.monotonic() - began < 2

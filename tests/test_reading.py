@@ -111,6 +111,14 @@ def test_scrub_masks_keys(secret):
     assert secret not in module.scrub(f"bad key {secret}\n", ["known-secret"])
 
 
+@pytest.mark.parametrize(
+    "told",
+    ["known-\nsecret", "known-\u200bsecret", "known- secret", "KNOWN-SECRET", "x known-secre t"],
+)
+def test_scrub_masks_a_known_key_in_disguise(told):
+    assert module.scrub(f"bad key {told}", ["known-secret"]) == "***"
+
+
 CHAT_SCHEMA = module.request_schemas()["ChatRequest"]
 JUNK = st.sampled_from([None, True, 0, 1.5, "x", "", [], {}, [0], [{}], {"include_usage": 1}])
 MESSAGE = JUNK | st.fixed_dictionaries(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
+import sys
 import time
 
 import pytest
 from conftest import LocalClient, Service, settings_for, small_routes
-from upstream import answer_body, pieces, plain, sse, whole
+from upstream import answer_body, error, pieces, plain, sse, whole
 
 import router as module
 from judge import judge
@@ -250,3 +252,66 @@ def test_a_lone_surrogate_in_the_file_is_refused():
 )
 def test_retry_after_is_bounded_whatever_it_says(value, seconds):
     assert retry_after_of(value) == seconds
+
+
+def too_many(start: dict, item: object) -> dict:
+    return {**start, "messages": [item] * 200_000}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", too_many({}, 0)),
+        ("/v1/chat/completions", too_many({"tools": 1}, {"role": "user"})),
+        ("/route", too_many({}, 0)),
+        ("/config/category", {"name": "a", "models": [{"a": [n]} for n in range(5_000)]}),
+    ],
+)
+def test_an_invalid_body_of_many_parts_costs_no_more_than_reading_it(client, path, body):
+    calls = itertools.count()
+    sys.setprofile(lambda frame, event, arg: next(calls))
+    try:
+        answer = client.post(path, body)
+    finally:
+        sys.setprofile(None)
+
+    assert answer.status_code == 422
+    assert 1 <= len(answer.json["detail"]) <= 20
+    assert next(calls) < 10_000_000  # 30 for each part; the validator takes hundreds
+
+
+def test_no_certificates_where_they_are_said_to_be_stop_the_start(tmp_path):
+    with pytest.raises(module.SettingsError, match="REQUESTS_CA_BUNDLE"):
+        module.Settings.from_env({"REQUESTS_CA_BUNDLE": str(tmp_path / "none")})
+
+
+def test_a_key_in_use_is_masked_although_its_file_has_changed(tmp_path, routes, upstream):
+    file = tmp_path / "key"
+    file.write_text("plain-old-credential")
+    env = {"ROUTER_ROUTES": str(routes), "TEST_API_KEY_FILE": str(file)}
+    client = LocalClient(module.create_app(module.Settings.from_env(env)))
+    client.chat()
+    file.write_text("plain-new-credential")
+    upstream.default = error(400, "what is plain-old-credential?")
+
+    assert "plain-old-credential" not in client.chat().text
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nAuthorization Bearer MARKER-PROMPT\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nExpect: MARKER-PROMPT\r\n\r\n",
+        b"GET /health?key=MARKER-PROMPT\x01 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"POST /x?p=my prompt MARKER-PROMPT HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b'{"MARKER-PROMPT":1} / HTTP/1.1\r\n\r\n',
+    ],
+)
+def test_what_gunicorn_refuses_is_logged_by_place_not_by_text(service, data):
+    before = len(service.log.read_text())
+
+    assert b" 4" in service.raw(data)[:12]
+
+    logged = service.log.read_text()[before:]
+    assert "event=request_refused" in logged
+    assert "MARKER-PROMPT" not in logged
