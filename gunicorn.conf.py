@@ -70,6 +70,13 @@ proc_name = "llm-router"
 class Worker(gthread.ThreadWorker):
     """gthread whose own refusals (a malformed head, 100 KB of headers) are JSON like all others."""
 
+    def set_accept_enabled(self, enabled):
+        """On leaving, close the listener: a backlog nobody reads would hold clients for 60 s."""
+        super().set_accept_enabled(enabled)
+        if not enabled and not self.alive:
+            for listener in self.sockets:
+                listener.close()
+
     def _keepalive_after(self, conn, keepalive):
         """Wait half a second, not five, for a body that was refused unread: threads are few."""
         deadline = time.monotonic() + 0.5

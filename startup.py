@@ -104,6 +104,8 @@ def read_secret(environ: Mapping[str, str], name: str) -> str:
             value = Path(path).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as e:
             raise SettingsError(f"{name}_FILE: cannot read {path}: {type(e).__name__}") from e
+        if not value:  # whoever names a file wants a key: an empty one must not open the door
+            raise SettingsError(f"{name}_FILE: {path} is empty")
     if value and not (value.isascii() and value.isprintable()):
         raise SettingsError(f"{name}: a key is one line of printable ASCII characters")
     return value

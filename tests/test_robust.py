@@ -315,3 +315,12 @@ def test_what_gunicorn_refuses_is_logged_by_place_not_by_text(service, data):
     logged = service.log.read_text()[before:]
     assert "event=request_refused" in logged
     assert "MARKER-PROMPT" not in logged
+
+
+@pytest.mark.parametrize("content", ["", "\n", "  "])
+def test_an_empty_key_file_stops_the_start_instead_of_opening_the_door(tmp_path, content):
+    file = tmp_path / "key"
+    file.write_text(content)
+
+    with pytest.raises(module.SettingsError, match=r"ROUTER_API_KEY_FILE: .* is empty"):
+        module.Settings.from_env({"ROUTER_API_KEY_FILE": str(file)})

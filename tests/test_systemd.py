@@ -67,6 +67,13 @@ def test_each_key_comes_as_a_credential_and_is_named_by_its_setting():
     assert set(files) >= {"openrouter_api_key", "router_api_key", "router_admin_token"}
 
 
+def test_a_key_that_is_missing_or_empty_stops_the_start():
+    files = {line.rpartition(":")[2] for line in SAID if line.startswith("LoadCred")}
+    asserted = {line.partition("=")[2] for line in SAID if line.startswith("AssertFileNotEmpty")}
+
+    assert asserted == files
+
+
 def test_a_stop_waits_longer_than_gunicorn_does():
     settings = (ROOT / "gunicorn.conf.py").read_text()
     graceful_s = int(re.search(r"^graceful_timeout = (\d+)", settings, re.M)[1])
