@@ -19,6 +19,7 @@ import flask
 from startup import Settings
 from wire import is_address, is_loopback
 
+JSON = "application/json"
 CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
 FORWARDED = (
     "X-Forwarded-For",
@@ -95,16 +96,19 @@ def guard(request: flask.Request, settings: Settings) -> None:
     """Host, origin, key and content type of every request, before anything is read."""
     check_origin(request, settings)
     needed = keys_needed(request, settings)
-    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+    environ = request.environ  # a fifth of the cost of request.headers
+    scheme, _, given = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
     given = given.strip() if scheme.lower() == "bearer" else ""
     if needed and not any(
         [hmac.compare_digest(given.encode(), key.encode()) for key in needed.values()]
     ):
         text = f"send the value of {' or '.join(needed)} as Authorization: Bearer ..."
         raise RouterError(401, "invalid_api_key", text, headers={"WWW-Authenticate": "Bearer"})
-    if request.content_length or "chunked" in request.headers.get("Transfer-Encoding", "").lower():
-        encoding = request.headers.get("Content-Encoding", "identity").lower()
-        if request.mimetype != "application/json" or encoding != "identity":
+    chunked = "chunked" in environ.get("HTTP_TRANSFER_ENCODING", "").lower()
+    if chunked or environ.get("CONTENT_LENGTH", "0") != "0":
+        encoding = environ.get("HTTP_CONTENT_ENCODING", "identity").lower()
+        is_json = environ.get("CONTENT_TYPE") == JSON or request.mimetype == JSON
+        if not is_json or encoding != "identity":
             text = "send the body as Content-Type: application/json, not compressed"
             raise RouterError(415, "unsupported_media_type", text)
 
@@ -115,11 +119,11 @@ def check_origin(request: flask.Request, settings: Settings) -> None:
     if host not in OUR_NAMES and host not in settings.allowed_hosts and not is_address(host):
         text = f"the host name {scrub(host)[:100]!r} is not in ROUTER_ALLOWED_HOSTS"
         raise RouterError(403, "host_not_allowed", text)
-    origin = request.headers.get("Origin")
-    ours = request.environ.get("HTTP_HOST")
-    foreign = origin is not None and origin.partition("://")[2] != ours
-    other_site = request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin")
-    visit = request.path == "/" and request.headers.get("Sec-Fetch-Mode") == "navigate"
+    environ = request.environ
+    origin = environ.get("HTTP_ORIGIN")
+    foreign = origin is not None and origin.partition("://")[2] != environ.get("HTTP_HOST")
+    other_site = environ.get("HTTP_SEC_FETCH_SITE", "none") not in ("none", "same-origin")
+    visit = request.path == "/" and environ.get("HTTP_SEC_FETCH_MODE") == "navigate"
     if foreign or (other_site and not visit):
         raise RouterError(
             403, "origin_not_allowed", "pages of another origin may not use this router"

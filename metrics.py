@@ -10,6 +10,7 @@ import json
 import logging
 import logging.handlers
 import math
+import re
 import threading
 import time
 from collections import Counter, deque
@@ -384,13 +385,15 @@ class EventFormatter(logging.Formatter):
         )
 
 
+PLAIN = re.compile(r"[!#-<>-~]*")  # printable ASCII without blank, quote and equals sign
+
+
 def logfmt_value(value: Any) -> str:
     """One value; attempts as model:outcome, booleans as JSON has them."""
     if isinstance(value, list):
         value = ",".join(f"{item['model']}:{item['outcome']}" for item in value)
     text = str(value).lower() if isinstance(value, bool) else str(value)
-    plain = text.isascii() and text.isprintable() and not set(text) & set(' "=')
-    return text if plain else json.dumps(text)
+    return text if PLAIN.fullmatch(text) else json.dumps(text)
 
 
 def log_to_stderr(log_format: str) -> None:
@@ -401,6 +404,7 @@ def log_to_stderr(log_format: str) -> None:
     handler.setFormatter(EventFormatter(log_format == "json"))
     log.addHandler(handler)
     log.propagate = False
+    logging._srcfile = None  # no line of ours names its source, and looking it up costs a fifth
     log.setLevel(logging.INFO)
 
 

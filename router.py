@@ -1244,6 +1244,7 @@ def _refusal(failures: list[Failure]) -> Failure | None:
 # --- routes ------------------------------------------------------------------------------------
 
 routes = flask.Blueprint("router", __name__)
+ALWAYS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}  # unless set otherwise
 
 
 def router() -> Router:
@@ -1252,28 +1253,37 @@ def router() -> Router:
     return found
 
 
+def current_request() -> flask.Request:
+    """The request itself: each look through flask.request costs a microsecond."""
+    found: flask.Request = flask.request._get_current_object()  # type: ignore[attr-defined]
+    return found
+
+
 @routes.post("/v1/chat/completions")
 @routes.post("/chat/completions")
 def chat() -> flask.Response:
     """The proxied chat request: its permit, its body, a model that answers, the relay."""
-    call = flask.g.call = router().begin(flask.request.environ.get("gunicorn.socket"))
-    router().flights.board(call.flight)
-    decision = router().choose(call, read_chat(read_body(flask.request)))
-    call.whole = call.whole or flask.request.headers.get("X-Router-Stream", "").lower() == "whole"
-    return answer(router(), call, router().walk(call, decision))
+    owner, request = router(), current_request()
+    call = flask.g.call = owner.begin(request.environ.get("gunicorn.socket"))
+    owner.flights.board(call.flight)
+    decision = owner.choose(call, read_chat(read_body(request)))
+    asked_for = request.environ.get("HTTP_X_ROUTER_STREAM", "").lower()
+    call.whole = call.whole or asked_for == "whole"
+    return answer(owner, call, owner.walk(call, decision))
 
 
 def answer(owner: Router, call: Call, relay: Relay) -> flask.Response:
     """The relay as a response; its close hook ends the call, whatever became of it."""
+    headers = dict(ALWAYS)  # all at once below: setting them singly compares each to each
     if call.stream:
-        response = flask.Response(relay.stream(), mimetype="text/event-stream")
-        response.headers.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        headers |= call.headers() | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        response = flask.Response(relay.stream(), headers=headers, mimetype="text/event-stream")
     else:
         call.outcome = "success"
         if call.answer:
             call.answer.price(relay.usage)
-        response = flask.Response(relay.held[0], mimetype="application/json")
-    response.headers.update(call.headers())
+        headers |= call.headers()
+        response = flask.Response(relay.held[0], headers=headers, mimetype="application/json")
     response.call_on_close(lambda: owner.finish(call))
     return response
 
@@ -1488,7 +1498,7 @@ def create_app(settings: Settings | None = None, *, session: requests.Session | 
     app.extensions["page"] = read_page(HERE / "dashboard.html")
     rejections = log_rejections(settings.validation_log)
     app.register_blueprint(routes)
-    app.before_request(lambda: guard(flask.request, settings))
+    app.before_request(lambda: guard(current_request(), settings))
     app.after_request(add_headers)
     app.register_error_handler(Exception, lambda e: error_response(translated(e), rejections))
     log.info("start", {"version": VERSION, "routes": str(settings.routes), "demo": settings.demo})
@@ -1521,8 +1531,8 @@ def request_schemas() -> dict[str, jsonschema.Draft202012Validator]:
 
 def add_headers(response: flask.Response) -> flask.Response:
     """Headers of every answer."""
-    response.headers.setdefault("X-Content-Type-Options", "nosniff")
-    response.headers.setdefault("Cache-Control", "no-store")
+    for key, value in ALWAYS.items():
+        response.headers.setdefault(key, value)
     if router().settings.demo:
         response.headers["X-Router-Demo"] = "1"
     return response
