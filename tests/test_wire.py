@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import trustme
 from conftest import LocalClient
 from upstream import DONE, Upstream, chunk, events, hang, pieces, stream, whole
 from werkzeug.test import EnvironBuilder
@@ -478,3 +481,147 @@ def test_an_upstream_that_hangs_before_its_head_is_left_with_the_flight(upstream
 
     assert outcome_of(sent, 1) == "total"
     wait_until(lambda: upstream.left, 1.0)
+
+
+# --- heads of answers, and proxies ---------------------------------------------------------------
+
+
+def head_of(data: bytes) -> wire.Answer:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(data)
+        theirs.shutdown(socket.SHUT_WR)
+        answer = wire.Answer(ours, method="POST")
+        answer.begin()
+        return answer
+
+
+def test_a_head_is_read_as_http_client_reads_it():
+    data = (
+        b"HTTP/1.1 100 Continue\r\nX: y\r\n\r\nHTTP/1.1 429 Too Many\r\nRetry-After:  7 \r\n"
+        b"X-Folded: a\r\n b\r\nno colon\r\ncontent-LENGTH: 5\r\nX-Folded: c\nX-\xe9: \xe9\r\n\r\n"
+        b"hello"
+    )
+
+    answer = head_of(data)
+
+    assert (answer.status, answer.reason, answer.length) == (429, "Too Many", 5)
+    assert answer.headers["retry-after"] == "7"
+    assert answer.headers["X-Folded"] == "a, b, c"
+    assert not answer.will_close
+    assert answer.read1() == b"hello"
+
+
+@pytest.mark.parametrize(
+    ("head", "length", "will_close"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked", None, False),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: -5", None, True),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6", None, True),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: Close", 5, True),
+        (b"HTTP/1.0 200 OK\r\nContent-Length: 5", 5, True),
+        (b"HTTP/1.0 200 OK\r\nContent-Length: 5\r\nConnection: keep-alive", 5, False),
+        (b"HTTP/1.1 204 OK\r\nContent-Length: 5", 0, False),
+        (b"HTTP/1.1 200 OK", None, True),
+    ],
+)
+def test_how_an_answer_ends_is_told_by_its_head(head, length, will_close):
+    answer = head_of(head + b"\r\n\r\n")
+
+    assert (answer.length, answer.will_close) == (length, will_close)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n",
+     b"HTTP/1.1 200 OK\r\nX: " + b"y" * 70_000 + b"\r\n\r\n",
+     b"HTTP/2 200 OK\r\n\r\n", b"HTTP/1.1 abc\r\n\r\n", b"ICY 200 OK\r\n\r\n", b""],
+    ids=["many", "long", "version", "status", "protocol", "nothing"],
+)  # fmt: skip
+def test_a_head_that_is_none_is_refused(data):
+    with pytest.raises((http.client.HTTPException, OSError)):
+        head_of(data)
+
+
+def test_head_and_body_leave_in_one_piece(upstream, clock, monkeypatch):
+    sent = []
+    sendall = socket.socket.sendall
+    monkeypatch.setattr(
+        socket.socket, "sendall", lambda sock, data: sent.append(data) or sendall(sock, data)
+    )
+    line = Line(new_session(4), upstream.url + "/chat/completions", {})
+
+    with contextlib.closing(line.send(SMALL, Flight(None, clock), 2)) as response:
+        wire.read_whole(response, Flight(None, clock))
+
+    [mine] = [data for data in sent if data.endswith(SMALL)]
+    assert mine.startswith(b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:")
+
+
+class Proxy:
+    """Passes bytes on to `target`, whoever is asked for; keeps the first line it was sent."""
+
+    def __init__(self, target: tuple[str, int]):
+        self.asked: list[bytes] = []
+        self._target = target
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                threading.Thread(target=self._pass_on, args=(client,), daemon=True).start()
+
+    def _pass_on(self, client: socket.socket) -> None:
+        with client, socket.create_connection(self._target) as server:
+            head = client.recv(65536)
+            self.asked.append(head)
+            if head.startswith(b"CONNECT "):
+                client.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            else:
+                server.sendall(head)
+            back = threading.Thread(target=self._pump, args=(server, client))
+            back.start()
+            self._pump(client, server)
+            back.join()
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_of_the_environment_is_used(upstream, clock, monkeypatch, tmp_path, scheme):
+    authority, context = trustme.CA(), None
+    (tmp_path / "ca.pem").write_bytes(authority.cert_pem.bytes())
+    if scheme == "https":
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("model.test").configure_cert(context)
+    server = Upstream(context)
+    proxy = Proxy(("127.0.0.1", int(server.url.rpartition(":")[2].partition("/")[0])))
+    monkeypatch.setenv(f"{scheme}_proxy", proxy.url.replace("//", "//user:word@"))
+    line = Line(new_session(4), f"{scheme}://model.test/v1/chat/completions",
+                {"REQUESTS_CA_BUNDLE": str(tmp_path / "ca.pem")}, key="k")  # fmt: skip
+    try:
+        for _ in range(2):  # the second over the same connection
+            with contextlib.closing(line.send(SMALL, Flight(None, clock), 5)) as response:
+                assert b"choices" in wire.read_whole(response, Flight(None, clock))
+    finally:
+        proxy.close()
+        server.close()
+
+    [asked] = proxy.asked
+    first = {"http": b"POST http://model.test/v1/chat/completions HTTP/1.1\r\n",
+             "https": b"CONNECT model.test:443 HTTP/1."}[scheme]  # fmt: skip
+    assert asked.startswith(first)
+    assert b"proxy-authorization: basic " in asked.lower()
+    assert (b"bearer k" in asked.lower()) == (scheme == "http")
+    assert [request.headers["host"] for request in server.requests] == ["model.test"] * 2
+    assert all("proxy-authorization" not in r.headers for r in server.requests if scheme == "https")

@@ -1,0 +1,222 @@
+"""The upstream and the client of the streams contest.
+
+    python bench/sse.py serve --port P [--gap MS]      the upstream
+    python bench/sse.py load < JSON                    the client; see `load`
+
+Both run as processes of their own for bench/streams.py. The upstream writes the time into each
+event; the clock (CLOCK_MONOTONIC) is one for all processes of a Linux machine. The client notes
+when bytes came and takes them apart only after the last one, so that it is not what makes events
+late. Both together need about 65 us per event, at 256 streams most of one CPU: a contestant that
+needs more than the other one is measured as late, and with --pin so is everybody.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import bisect
+import gc
+import json
+import re
+import sys
+import time
+from statistics import median, quantiles
+from typing import Any
+
+from servers import ANSWER
+from servers import USAGE as COUNTS
+
+# --- upstream ----------------------------------------------------------------------------------
+
+START = b'data: {"id":"chatcmpl-bench-0123456789abcdef","object":"chat.completion.chunk",'
+START += b'"created":1795410824,"model":"bench","system_fingerprint":"fp_0123456789","choices":['
+WORD = (
+    START + b'{"index":0,"delta":{"content":"%d:%d "},"logprobs":null,"finish_reason":null}]}\n\n'
+)
+LAST = START + b'{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}]}\n\n'
+USAGE = START + b'],"usage":' + json.dumps(COUNTS).encode() + b"}\n\n"
+DONE = b"data: [DONE]\n\n"
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+WHOLE = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+
+
+def framed(data: bytes) -> bytes:
+    """One chunk of HTTP's chunked encoding."""
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+class Answering(asyncio.Protocol):
+    """Answers each chat of a connection: whole at once, or `max_tokens` events `gap` s apart."""
+
+    def __init__(self, gap: float):
+        self.gap = gap
+        self.buffer = bytearray()
+        self.loop = asyncio.get_running_loop()
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        end = self.buffer.find(b"\r\n\r\n")
+        head = bytes(self.buffer[: max(0, end)])
+        length = re.search(rb"(?i)content-length: *(\d+)", head)
+        if end < 0 or len(self.buffer) < end + 4 + int(length[1] if length else 0):
+            return
+        if not length and b"chunked" in head and not self.buffer.endswith(b"\r\n0\r\n\r\n"):
+            return
+        body, self.buffer = bytes(self.buffer[end + 4 :]), bytearray()
+        if not re.search(rb'"stream": *true', body):
+            self.transport.write(WHOLE % (len(ANSWER), ANSWER.encode()))
+            return
+        wanted = re.search(rb'"max_tokens": *(\d+)', body)
+        self.events = int(wanted[1]) if wanted else 10
+        self.began = self.loop.time()
+        self.transport.write(HEAD)
+        self.send(0)
+
+    def send(self, n: int) -> None:
+        """Write event `n`, and be called again for the next one on this stream's own schedule."""
+        if self.transport.is_closing():
+            return
+        if n == self.events:
+            self.transport.write(framed(LAST) + framed(USAGE) + framed(DONE) + b"0\r\n\r\n")
+            return
+        self.loop.call_at(self.began + (n + 1) * self.gap, self.send, n + 1)
+        self.transport.write(framed(WORD % (n, time.monotonic_ns())))
+
+
+async def serve(port: int, gap_ms: float) -> None:
+    """Answer until terminated."""
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(
+        lambda: Answering(gap_ms / 1000), "127.0.0.1", port, backlog=4096
+    )
+    await server.serve_forever()
+
+
+# --- client ------------------------------------------------------------------------------------
+
+
+class Listening(asyncio.BufferedProtocol):
+    """One stream: sends the request when connected and notes when which bytes came."""
+
+    buffer = memoryview(
+        bytearray(65536)
+    )  # one for all; a plain Protocol allocates 256 KB for each read
+
+    def __init__(self, request: bytes):
+        self.request = request
+        self.arrivals: list[tuple[int, bytes]] = []
+        self.sent = 0
+        self.ended = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        self.sent = time.monotonic_ns()
+        transport.write(self.request)
+
+    def get_buffer(self, _: int) -> memoryview:
+        return self.buffer
+
+    def buffer_updated(self, size: int) -> None:
+        data = bytes(self.buffer[:size])
+        self.arrivals.append((time.monotonic_ns(), data))
+        if data.endswith(b"0\r\n\r\n"):  # the last chunk; JSON never ends like this
+            self.transport.close()
+
+    def connection_lost(self, _: Exception | None) -> None:
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+    def events(self) -> list[tuple[int, int, int]]:
+        """(number, sent, received) of each event with content, in order."""
+        raw = b"".join(data for _, data in self.arrivals)
+        payload, places = unframed(raw)
+        ends, total = [], 0
+        for _, data in self.arrivals:
+            total += len(data)
+            ends.append(total)
+        found = []
+        for event in re.finditer(rb'"content": *"(\d+):(\d+) "[^\n]*\n\n', payload):
+            start, at = places[bisect.bisect_left(places, (event.end(), 0)) - 1]
+            last_byte = at + event.end() - start
+            came = self.arrivals[bisect.bisect_left(ends, last_byte)][0]
+            found.append((int(event[1]), int(event[2]), came))
+        return found
+
+    def whole(self, wanted: int) -> bool:
+        """True when every event came, in order, then the reason for the end and [DONE]."""
+        payload, _ = unframed(b"".join(data for _, data in self.arrivals))
+        end = re.search(rb'"finish_reason": *"stop".*data: \[DONE\]\s*$', payload, re.DOTALL)
+        return [event[0] for event in self.events()] == list(range(wanted)) and bool(end)
+
+
+def unframed(raw: bytes) -> tuple[bytes, list[tuple[int, int]]]:
+    """The body of an answer without chunk sizes, and (place in the body, place in raw) of each."""
+    head, _, _ = raw.partition(b"\r\n\r\n")
+    at, payload, places = len(head) + 4, bytearray(), []
+    if b"chunked" not in head.lower():
+        return raw[at:], [(0, at)]
+    while size := re.compile(rb"([0-9a-fA-F]+)[^\r\n]*\r\n").match(raw, at):
+        places.append((len(payload), size.end()))
+        payload += raw[size.end() : size.end() + int(size[1], 16)]
+        at = size.end() + int(size[1], 16) + 2
+    return bytes(payload), places
+
+
+async def load(port: int, request: str, streams: int, events: int, spread_ms: float,
+               limit_s: float) -> dict[str, Any]:  # fmt: skip
+    """Open the streams one after the other over `spread_ms`, wait for all, take them apart."""
+    loop, used = asyncio.get_running_loop(), time.process_time()
+    began, clients = loop.time(), []
+    for n in range(streams):
+        await asyncio.sleep(max(0.0, began + n * spread_ms / 1000 / streams - loop.time()))
+        clients.append(Listening(request.encode()))
+        await loop.create_connection(lambda: clients[-1], "127.0.0.1", port)
+    await asyncio.wait([client.ended for client in clients], timeout=limit_s)
+    used = (time.process_time() - used) * 1e3
+    found = sum_up(clients, events)
+    return {**found, "client_ms": used / max(1, found["events"])}
+
+
+def sum_up(clients: list[Listening], wanted: int) -> dict[str, Any]:
+    """Percentiles over all events and all first events, in ms."""
+    delays, firsts, marks = [], [], []
+    for client in clients:
+        events = client.events()
+        delays += [(came - sent) / 1e6 for _, sent, came in events]
+        firsts += [(events[0][2] - client.sent) / 1e6] if events else []
+        if events:
+            marks += [(client.sent, 1), (client.arrivals[-1][0], -1)]
+    opened = 0
+    open_at_once = [opened := opened + step for _, step in sorted(marks)]
+    cuts = quantiles(delays, n=100) if len(delays) > 1 else [float("nan")] * 99
+    return {
+        "streams": len(clients),
+        "whole": sum(client.whole(wanted) for client in clients),
+        "events": len(delays),
+        "open_at_once": max(open_at_once, default=0),
+        "p50_ms": cuts[49],
+        "p99_ms": cuts[98],
+        "first_ms": median(firsts) if firsts else float("nan"),
+    }
+
+
+def main() -> int:
+    """Be the upstream or the client."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("role", choices=("serve", "load"))
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--gap", type=float, default=20, help="ms between events")
+    args = parser.parse_args()
+    gc.disable()  # a collection would look like a late event
+    if args.role == "serve":
+        asyncio.run(serve(args.port, args.gap))
+    else:
+        print(json.dumps(asyncio.run(load(**json.load(sys.stdin)))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
