@@ -1,5 +1,6 @@
 """gunicorn's settings for llm-router. Every line that is not a default has its reason above it."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -144,6 +145,18 @@ def on_starting(server):
     )
     if found.returncode:
         sys.exit(found.returncode)
+
+
+def post_fork(server, worker):
+    """Keep the worker on one CPU: its threads take turns anyway, and changing CPUs costs a lot.
+
+    Neighbours on other ports get other CPUs. Where it is not allowed the worker goes unpinned.
+    """
+    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    if os.environ.get("ROUTER_PIN_CPU", "1") == "1" and len(cpus) > 1:
+        port = int(bind.rpartition(":")[2])
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, {cpus[port % len(cpus)]})
 
 
 def worker_exit(server, worker):

@@ -95,8 +95,8 @@ from wire import (
     Line,
     new_session,
     parse_loosely,
+    read_batches,
     read_chunks,
-    read_events,
     read_whole,
     where_it_broke,
 )  # fmt: skip
@@ -816,7 +816,8 @@ class Relay:
         self._call = call
         self._flight = call.flight
         self._idle_s = idle_s
-        self._events = read_events(read_chunks(response, call.flight))
+        self._batches = read_batches(read_chunks(response, call.flight))
+        self._left: list[Event] = []  # of the batch in which the answer began
         self._arguments: dict[tuple[str, str], str] = {}  # of tool calls, in whole-answer mode
 
     def prepare(self) -> None:
@@ -861,7 +862,7 @@ class Relay:
 
     def _hold_until_begun(self) -> None:
         size = 0
-        for event in self._events:
+        for event in self._one_by_one():
             self.held.append(self._take(event))
             size += len(event.raw)
             if size > MAX_ANSWER:
@@ -871,6 +872,12 @@ class Relay:
             if self.has_content and event.kind == "data":
                 self._flight.limit_first((self._flight.clock() + self._idle_s, "idle"),
                                          (self._call.deadline, "total"))  # fmt: skip
+
+    def _one_by_one(self) -> Iterator[Event]:
+        for batch in self._batches:
+            self._left = batch
+            while self._left:
+                yield self._left.pop(0)
 
     def _check_held(self) -> None:
         """Failure unless what is held may go to the client."""
@@ -933,15 +940,19 @@ class Relay:
             while not self.done:
                 began = self._flight.clock()
                 self._flight.limit("idle", began + left_s)
-                event = next(self._events, None)
-                if event is None:
+                batch = self._left or next(self._batches, [])
+                self._left = []
+                if not batch:
                     break
                 # An upstream that only says it is alive has stalled: a comment wins it no time.
                 left_s -= self._flight.clock() - began
-                left_s = left_s if event.kind == "comment" else self._idle_s
-                out = self._to_client(self._take(event))
+                if any(event.kind != "comment" for event in batch):
+                    left_s = self._idle_s
+                out, failure = self._take_all(batch)
                 if out:
-                    yield out
+                    yield self._to_client(out)
+                if failure:
+                    raise failure
             failure = Failure("cut", status=200)
         except Failure as e:
             failure = e
@@ -949,6 +960,18 @@ class Relay:
             log.error("internal_error", {"where": where_it_broke()})
             failure = Failure("internal_error")
         yield from self._end(failure)
+
+    def _take_all(self, batch: Sequence[Event]) -> tuple[bytes, Failure | None]:
+        """What to pass on of events that came together, and the Failure that one of them is."""
+        out = []
+        try:
+            for event in batch:
+                out.append(self._take(event))
+                if self.done:
+                    break
+        except Failure as e:
+            return b"".join(out), e
+        return b"".join(out), None
 
     def _to_client(self, out: bytes) -> bytes:
         """While the client reads, the upstream is not idle; one that stops reading has left."""
@@ -963,7 +986,7 @@ class Relay:
                 yield DONE
             self._flight.limit("drain", self._flight.clock() + DRAIN_S)
             with contextlib.suppress(Failure):  # read to the end: the connection can be kept
-                for _ in self._events:
+                for _ in self._batches:
                     pass
             return
         assert call.answer is not None

@@ -204,11 +204,16 @@ def clients_that_left(air: Iterable[Flight]) -> set[Flight]:
     return gone if _LEFT else {flight for flight in gone if flight.client_left()}
 
 
+HEX = re.compile(rb"[0-9a-fA-F]{1,15}(?=[ \t]*(?:;|$))")
+TRAILER, BROKEN = -1, -2  # instead of a number of bytes: after the last chunk; no chunk at all
+
+
 class Answer(http.client.HTTPResponse):
     """An upstream's answer. http.client reads its head as an email: a fifth of a call's time."""
 
     pool: Any = None
     connection: Any = None  # while it may have to be closed or given back
+    rest = b""  # of a chunk's head that has come in part
 
     def begin(self) -> None:
         """Read the head, as http.client does but for the header lines."""
@@ -231,6 +236,48 @@ class Answer(http.client.HTTPResponse):
             self.length = 0
         endless = self.length is None and not self.chunked
         self.will_close = endless or self._check_close()  # type: ignore[attr-defined]
+
+    def read1(self, n: int = -1) -> bytes:
+        """What has come of the body, from however many chunks; b'' at its end."""
+        if not self.chunked:
+            return super().read1(n)
+        out = b""
+        while not out and self.fp is not None:
+            if self.chunk_left == BROKEN:
+                raise ValueError("chunk size")
+            data = self.fp.read1(n)
+            if not data:
+                raise http.client.IncompleteRead(b"")
+            out = self._unchunked(data)
+        return out
+
+    def _unchunked(self, data: bytes) -> bytes:
+        """The body's bytes in `data`, which may begin and end anywhere in a chunk.
+
+        `chunk_left` is what is missing of a chunk and of the line end behind it, or what comes next.
+        """
+        data, at, out = self.rest + data, 0, []
+        left: int = self.chunk_left or 0
+        while at < len(data) and self.fp is not None and left != BROKEN:
+            if left > 0:
+                took = min(left, len(data) - at)
+                out.append(data[at : at + max(0, min(took, left - 2))])
+                at, left = at + took, left - took
+                continue
+            end = data.find(b"\n", at)
+            if end < 0:
+                break
+            line, at = data[at:end].strip(), end + 1
+            if left == TRAILER and not line:
+                self._close_conn()  # type: ignore[attr-defined]
+            elif left == 0:
+                size = HEX.match(line)
+                left = int(size[0], 16) + 2 if size else BROKEN
+                left = TRAILER if left == 2 else left
+        self.chunk_left, self.rest = left, data[at:]
+        if len(self.rest) > MAX_LINE:
+            raise http.client.LineTooLong("chunk size")
+        return b"".join(out)
 
     @property
     def is_whole(self) -> bool:
@@ -575,19 +622,34 @@ _EVENT_END = re.compile(rb"\r?\n\r?\n|\r\r")
 
 
 def read_events(chunks: Iterable[bytes]) -> Iterator[Event]:
-    """Complete events, as soon as they are complete; a tail without its blank line counts."""
+    """The events of `read_batches`, one by one."""
+    return (event for batch in read_batches(chunks) for event in batch)
+
+
+def read_batches(chunks: Iterable[bytes]) -> Iterator[list[Event]]:
+    """Complete events, as soon as they are complete; a tail without its blank line counts.
+
+    What came together stays together, so that it can be passed on together.
+    """
     buffer = bytearray()  # appending to bytes would copy a trickled event again and again
     for chunk in chunks:
+        end = chunk.find(b"\n\n")
+        if not buffer and 0 <= end == len(chunk) - 2 and b"\r" not in chunk:
+            yield [parse_event(chunk)]  # one event in one piece: nearly always so, and quick
+            continue
         at, seen = 0, max(0, len(buffer) - 3)
         buffer += chunk
+        batch = []
         for end in [match.end() for match in _EVENT_END.finditer(buffer, seen)]:
-            yield parse_event(bytes(buffer[at:end]))
+            batch.append(parse_event(bytes(buffer[at:end])))
             at = end
+        if batch:
+            yield batch
         del buffer[:at]
         if len(buffer) > MAX_EVENT:
             raise Failure("not_an_answer", f"an event over {MAX_EVENT} bytes")
     if buffer.strip():
-        yield parse_event(bytes(buffer).rstrip(b"\r\n") + b"\n\n")
+        yield [parse_event(bytes(buffer).rstrip(b"\r\n") + b"\n\n")]
 
 
 def parse_event(raw: bytes) -> Event:

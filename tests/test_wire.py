@@ -625,3 +625,45 @@ def test_a_proxy_of_the_environment_is_used(upstream, clock, monkeypatch, tmp_pa
     assert (b"bearer k" in asked.lower()) == (scheme == "http")
     assert [request.headers["host"] for request in server.requests] == ["model.test"] * 2
     assert all("proxy-authorization" not in r.headers for r in server.requests if scheme == "https")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 65536])
+@pytest.mark.parametrize("trailer", [b"", b"X-Sum: 1\r\n"])
+def test_a_chunked_body_is_put_together_however_it_comes(size, trailer):
+    body = b"".join(b"%x;e=1\r\n%s\r\n" % (n, b"\r\n"[:n] + b"x" * (n - 2)) for n in (1, 2, 3, 300))
+    sent = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + body + b"0\r\n" + trailer
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(sent + b"\r\n")
+        answer = wire.Answer(ours, method="POST")
+        answer.begin()
+        parts = list(iter(lambda: answer.read1(size), b""))
+
+    assert b"".join(parts) == b"\r" + b"\r\n" + b"\r\nx" + b"\r\n" + b"x" * 298
+    assert answer.is_whole
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"3\r\nab", b"3\r\nabc\r\n", b"x\r\nabc", b"-3\r\nabc", b"\r\n", b"1" * 70_000, b"0\r\n"],
+)
+def test_a_chunked_body_that_breaks_off_or_lies_is_cut(body):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + body)
+        theirs.shutdown(socket.SHUT_WR)
+        answer = wire.Answer(ours, method="POST")
+        answer.begin()
+
+        with pytest.raises((http.client.HTTPException, ValueError)):
+            while answer.read1(65536):
+                pass
+        assert not answer.is_whole
+
+
+def test_events_that_came_together_are_told_together():
+    sent = b'data: {"n": 1}\n\n' * 3
+
+    batches = list(wire.read_batches([sent, sent[:20], sent[20:]]))
+
+    assert [len(batch) for batch in batches] == [3, 1, 2]
