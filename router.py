@@ -1017,6 +1017,7 @@ class Router:
         self.classifier = Classifier(self.upstreams.classify, clock)
         self.chooser = Chooser(self.classifier)
         self._tidied: Table | None = None
+        self.cluster: Any = None  # cluster.Cluster, when other instances share circuits and file
 
     @property
     def table(self) -> Table:
@@ -1389,6 +1390,7 @@ def health() -> dict[str, Any]:
         "upstreams": {u.name: router().upstreams.state(u) for u in table.upstreams.values()},
         "classifier": router().classifier.status(table),
         "demo": router().settings.demo,
+        **({"cluster": router().cluster.health()} if router().cluster else {}),
     }
 
 
@@ -1418,6 +1420,7 @@ def metrics() -> dict[str, Any] | flask.Response:
         del circuit["strikes"]
     return {
         **router().metrics.as_json(table),
+        **(router().cluster.figures() if router().cluster else {}),
         "in_flight": len(router().flights),
         "circuit_breaker": {
             "failures": {model: c["strikes"] for model, c in circuits.items() if c["strikes"]},
@@ -1510,13 +1513,12 @@ def create_app(settings: Settings | None = None, *, session: requests.Session | 
         import demo  # only here: a router with a key never loads it
 
         session.mount("demo://", demo.DemoAdapter())
-    app = flask.Flask("llm-router", static_folder=None)
-    app.config.update(
-        MAX_CONTENT_LENGTH=(settings.max_body_mb << 20) + 1, PROVIDE_AUTOMATIC_OPTIONS=False
-    )
-    app.json.sort_keys = False  # type: ignore[attr-defined]
-    app.url_map.merge_slashes = False  # it would answer // with a redirect
+    app = plain_app(settings.max_body_mb)
     owner = app.extensions["router"] = Router(settings, session, clock)
+    if settings.redis_url:
+        import cluster  # only here: one instance alone runs no line of it
+
+        owner.cluster = cluster.join(owner)
     app.extensions["schemas"] = request_schemas()
     app.extensions["page"] = read_page(HERE / "dashboard.html")
     rejections = log_rejections(settings.validation_log)
@@ -1527,6 +1529,15 @@ def create_app(settings: Settings | None = None, *, session: requests.Session | 
     log.info("start", {"version": VERSION, "routes": str(settings.routes), "demo": settings.demo})
     if owner.store.table.mode != "keywords":
         threading.Thread(target=warm_up, args=(owner,), name="warm-up", daemon=True).start()
+    return app
+
+
+def plain_app(max_body_mb: int) -> flask.Flask:
+    """Flask with what differs from its defaults."""
+    app = flask.Flask("llm-router", static_folder=None)
+    app.config.update(MAX_CONTENT_LENGTH=(max_body_mb << 20) + 1, PROVIDE_AUTOMATIC_OPTIONS=False)
+    app.json.sort_keys = False  # type: ignore[attr-defined]
+    app.url_map.merge_slashes = False  # it would answer // with a redirect
     return app
 
 

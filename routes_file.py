@@ -547,6 +547,8 @@ class Store:
         self._seen: tuple[int, ...] = ()
         self._next_look = 0.0
         self._kept = ""  # the text in the last-good copy
+        # Asked with (text in force, new text) before a change is in force: may raise Refused.
+        self.agree: Callable[[str, str], None] | None = None
         self.error: str | None = None
         self.error_since: str | None = None
         self._table = self._first_table()
@@ -616,6 +618,10 @@ class Store:
                     replace_file(self._last_good, text, like=self.path)
             self._kept = text
 
+    def adopt(self, text: str) -> Table:
+        """The table after `text`, which others agreed on, was checked and written, or Refused."""
+        return self._change(lambda table: text, None, None)
+
     def change(self, edit: Callable[[Table], str], if_match: str | None = None) -> Table:
         """The table after `edit` (table -> new text) was checked and written, or Refused.
 
@@ -623,9 +629,13 @@ class Store:
         lock file is left behind. Nothing is written unless everything fits: 409 while the file on
         disk is bad, 412 when `if_match` names another version, 503 when it cannot be written.
         """
+        return self._change(edit, if_match, self.agree)
+
+    def _change(self, edit: Callable[[Table], str], if_match: str | None,
+                agree: Callable[[str, str], None] | None) -> Table:  # fmt: skip
         try:
             with locked(self.path.parent, wait=True) as folder:
-                after = self._write(edit, if_match)
+                after = self._write(edit, if_match, agree)
                 with contextlib.suppress(OSError):  # in place; only a power cut could undo it
                     os.fsync(folder)
         except OSError as e:
@@ -636,11 +646,12 @@ class Store:
         self._keep(after.text)
         return after
 
-    def _write(self, edit: Callable[[Table], str], if_match: str | None) -> Table:
+    def _write(self, edit: Callable[[Table], str], if_match: str | None,
+               agree: Callable[[str, str], None] | None) -> Table:  # fmt: skip
         for _ in range(20):  # a hand edit in between is read again, not overwritten
             before, after = self._prepare(edit, if_match)
             same = after.text == before.text
-            if same or replace_file(self.path, after.text, self.path, before.text):
+            if same or replace_file(self.path, after.text, self.path, before.text, agree):
                 return after
         raise Refused(409, "conflict", f"{self.path} keeps changing; try again")
 
@@ -697,10 +708,12 @@ def locked(folder: Path, *, wait: bool) -> Iterator[int]:
         os.close(descriptor)
 
 
-def replace_file(path: Path, text: str, like: Path, instead_of: str | None = None) -> bool:
+def replace_file(path: Path, text: str, like: Path, instead_of: str | None = None,
+                 agree: Callable[[str, str], None] | None = None) -> bool:  # fmt: skip
     """Replace `path` in one step, so that a crash leaves the old or the new file, never half.
 
-    False when it does not hold `instead_of` any more: somebody edited it meanwhile. The name of
+    False when it does not hold `instead_of` any more: somebody edited it meanwhile. `agree` is
+    asked last, when nothing but the rename is left that could fail. The name of
     the temporary file is fixed, so that a crash leaves at most one; call this under the lock.
     """
     temp = path.with_name(f".{path.name.lstrip('.')}.tmp")
@@ -708,6 +721,8 @@ def replace_file(path: Path, text: str, like: Path, instead_of: str | None = Non
         write_beside(temp, text, like)
         if instead_of is not None and read_file(path) != instead_of:
             return False
+        if agree and instead_of is not None:
+            agree(instead_of, text)
         os.replace(temp, path)
     finally:
         temp.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -39,6 +39,8 @@ class Settings:
     log_format: str = "logfmt"
     demo: bool = False
     allow_open: bool = False
+    redis_url: str = field(default="", repr=False)
+    instance: str = ""
     environ: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -62,6 +64,8 @@ class Settings:
             log_format=_one_of(environ, "ROUTER_LOG_FORMAT", "logfmt", "json"),
             demo=_one_of(environ, "ROUTER_DEMO", "0", "1") == "1",
             allow_open=_one_of(environ, "ROUTER_ALLOW_OPEN", "0", "1") == "1",
+            redis_url=_redis_url(environ),
+            instance=environ.get("ROUTER_INSTANCE") or "",
             environ=dict(environ),
         )  # fmt: skip
         if not is_loopback(settings.address[0]) and not settings.guarded:
@@ -116,6 +120,13 @@ def _whole_number(environ: Mapping[str, str], name: str, default: int, most: int
     if not value.isdecimal() or not value.isascii() or not 1 <= int(value) <= most:
         raise SettingsError(f"{name}: expected a whole number from 1 to {most}, got {value!r}")
     return int(value)
+
+
+def _redis_url(environ: Mapping[str, str]) -> str:
+    url = read_secret(environ, "ROUTER_REDIS_URL")
+    if url and not url.startswith(("redis://", "rediss://", "unix://")):
+        raise SettingsError("ROUTER_REDIS_URL: expected redis://, rediss:// or unix://")
+    return url
 
 
 def _one_of(environ: Mapping[str, str], name: str, *choices: str) -> str:
@@ -219,8 +230,9 @@ def run_route(text: str, as_json: bool) -> int:
     except (requests.RequestException, ValueError, KeyError, TypeError):
         from router import create_app  # late: router imports this module
 
+        alone = replace(settings, redis_url="")
         answer = (
-            create_app(settings).test_client().post("/route", json={"text": text}, headers=headers)
+            create_app(alone).test_client().post("/route", json={"text": text}, headers=headers)
         )
         status, found = answer.status_code, json.loads(answer.data)
         for model in found.get("chain", ()):

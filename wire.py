@@ -254,7 +254,7 @@ class Answer(http.client.HTTPResponse):
     def _unchunked(self, data: bytes) -> bytes:
         """The body's bytes in `data`, which may begin and end anywhere in a chunk.
 
-        `chunk_left` is what is missing of a chunk and of the line end behind it, or what comes next.
+        `chunk_left` is what is missing of a chunk and the line end behind it, or what comes next.
         """
         data, at, out = self.rest + data, 0, []
         left: int = self.chunk_left or 0
