@@ -239,8 +239,12 @@ class Answer(http.client.HTTPResponse):
 
     def read1(self, n: int = -1) -> bytes:
         """What has come of the body, from however many chunks; b'' at its end."""
-        if not self.chunked:
-            return super().read1(n)
+        out = self._read_chunks(n) if self.chunked else super().read1(n)
+        if not out and self.is_whole:
+            self.close()  # its connection can serve the next request already
+        return out
+
+    def _read_chunks(self, n: int) -> bytes:
         out = b""
         while not out and self.fp is not None:
             if self.chunk_left == BROKEN:
