@@ -147,11 +147,24 @@ def on_starting(server):
         sys.exit(found.returncode)
 
 
+def frugal_memory():
+    """Have freed memory given back: glibc would keep a heap per thread, and big bodies in all."""
+    with contextlib.suppress(Exception):  # another C library; systemd's MemoryDenyWriteExecute
+        import ctypes
+
+        trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(arena_max, 2)
+        libc.mallopt(mmap_threshold, 128 << 10)
+        libc.mallopt(trim_threshold, 128 << 10)
+
+
 def post_fork(server, worker):
     """Keep the worker on one CPU: its threads take turns anyway, and changing CPUs costs a lot.
 
     Neighbours on other ports get other CPUs. Where it is not allowed the worker goes unpinned.
     """
+    frugal_memory()
     cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
     if os.environ.get("ROUTER_PIN_CPU", "1") == "1" and len(cpus) > 1:
         port = int(bind.rpartition(":")[2])

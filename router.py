@@ -762,6 +762,9 @@ SAYS = ("content", "reasoning", "reasoning_content", "tool_calls", "function_cal
         "audio", "images")  # fmt: skip
 
 
+NO_CHAT = Chat("", {}, ())
+
+
 @dataclass
 class Call(Record):
     """One chat request on its way. `Router.finish` ends it, once, whatever happened."""
@@ -770,7 +773,7 @@ class Call(Record):
     table: Table = field(kw_only=True)
     started: float = field(kw_only=True)
     deadline: float = math.inf
-    chat: Chat = field(default_factory=lambda: Chat("", {}, ()))
+    chat: Chat = NO_CHAT
     decision: Decision | None = None
     whole: bool = False  # held until complete, even if the client asked for a stream
     retried: bool = False
@@ -1062,7 +1065,7 @@ class Router:
             try:
                 return self._attempt(call, model, call.ticket, last)
             except Failure as failure:
-                failures.append(failure)
+                failures.append(failure.bare())
                 queue = _still_worth_trying(queue, model, failures)
         return self._settle_for(call, failures)
 
@@ -1239,6 +1242,7 @@ class Router:
         finally:
             self.flights.land(call.flight)
             call.seconds = self.clock() - call.started
+            call.relay, call.chat = None, NO_CHAT  # call and relay know each other: free them now
             log.info("request", self.metrics.record(call))
 
 

@@ -501,6 +501,11 @@ class Failure(Exception):
         self.relay: Any = None  # what it read so far: an empty answer may be passed on yet
         self.attempt: Any = None
 
+    def bare(self) -> Failure:
+        """Without its history, whose frames would keep request and answer alive in a circle."""
+        self.__traceback__ = self.__cause__ = self.__context__ = None
+        return self
+
 
 class Line:
     """One URL to post JSON to, prepared once: adapter, headers, proxy, certificates."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
 import socket
 import sys
 import time
+import weakref
 
 import pytest
 from conftest import LocalClient, Service, settings_for, small_routes
-from upstream import answer_body, error, pieces, plain, sse, whole
+from upstream import answer_body, drop_at_once, error, pieces, plain, sse, stream, whole
 
 import router as module
 from judge import judge
@@ -324,3 +326,26 @@ def test_an_empty_key_file_stops_the_start_instead_of_opening_the_door(tmp_path,
 
     with pytest.raises(module.SettingsError, match=r"ROUTER_API_KEY_FILE: .* is empty"):
         module.Settings.from_env({"ROUTER_API_KEY_FILE": str(file)})
+
+
+WHOLE = whole()
+
+
+@pytest.mark.parametrize("more", [{}, {"stream": True}])
+@pytest.mark.parametrize("script", [WHOLE, error(503), error(400), drop_at_once])
+def test_a_request_that_has_ended_leaves_nothing_for_the_collector(app, upstream, script, more):
+    upstream.default = stream(["a"]) if more and script is WHOLE else script
+    owner, calls = app.extensions["router"], []
+    begin = owner.begin
+    owner.begin = lambda client: calls.append(weakref.ref(call := begin(client))) or call
+    client = LocalClient(app)
+    client.chat(**more)
+    gc.collect()
+    gc.disable()
+    try:
+        client.chat(**more)
+    finally:
+        gc.enable()
+
+    assert len(calls) == 2
+    assert calls[1]() is None
