@@ -13,6 +13,7 @@ import math
 import re
 import threading
 import time
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ RECENT = 100  # requests kept for /metrics and the page
 SAMPLES = 512  # latencies kept per model for the percentiles
 BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 FINE_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.01, 0.05, 0.25, 1.0, 2.5)
+BUCKET_NAMES = {bound: str(bound) for bound in (*BUCKETS_S, *FINE_BUCKETS_S, math.inf)}
 Key = tuple[str, ...]
 
 
@@ -56,6 +58,9 @@ def token_counts(usage: Mapping[str, Any]) -> dict[str, int]:
         "cached": _count(usage, "prompt_tokens_details", "cached_tokens"),
         "reasoning": _count(usage, "completion_tokens_details", "reasoning_tokens"),
     }
+
+
+NO_TOKENS = token_counts({})
 
 
 def cost_of(model: Model, usage: Mapping[str, Any]) -> tuple[float | None, str]:
@@ -83,13 +88,15 @@ class Attempt:
     status: int | None
     seconds: float = 0.0
     usage: Mapping[str, Any] = field(default_factory=dict)
+    tokens: Mapping[str, int] = field(default_factory=lambda: NO_TOKENS)
     cost_usd: float | None = None
     cost_source: str = "unknown"
 
     def price(self, usage: Mapping[str, Any]) -> None:
         """Note what it used and what that cost."""
-        self.usage = usage
-        self.cost_usd, self.cost_source = cost_of(self.model, usage)
+        if usage is not self.usage:
+            self.usage, self.tokens = usage, token_counts(usage)
+            self.cost_usd, self.cost_source = cost_of(self.model, usage)
 
     def summary(self) -> dict[str, Any]:
         """For `error.attempts` and the recent requests."""
@@ -133,7 +140,7 @@ class Record:
     def summary(self) -> dict[str, Any]:
         """The request as /metrics and the log show it."""
         last = self.last
-        tokens = token_counts(last.usage if last else {})
+        tokens = last.tokens if last else NO_TOKENS
         first_ms = None if self.first_token_s is None else round(self.first_token_s * 1000, 2)
         return {
             "id": self.id, "outcome": self.counted_as, "status": self.status,
@@ -182,7 +189,7 @@ class Metrics:
     def _book_attempt(self, attempt: Attempt, today: str) -> None:
         id_ = attempt.model.id
         self._counts["attempt", id_, attempt.outcome] += 1
-        for kind, n in token_counts(attempt.usage).items():
+        for kind, n in attempt.tokens.items():
             self._counts["tokens", id_, kind] += n
         if attempt.cost_usd is not None:
             self._add(("cost", id_), attempt.cost_usd)
@@ -200,8 +207,8 @@ class Metrics:
             self._observe("first_token", id_, call.first_token_s, BUCKETS_S)
 
     def _observe(self, name: str, label: str, seconds: float, buckets: tuple[float, ...]) -> None:
-        bucket = next((b for b in buckets if seconds <= b), math.inf)
-        self._counts[name, label, str(bucket)] += 1
+        at = bisect_left(buckets, seconds)
+        self._counts[name, label, BUCKET_NAMES[buckets[at] if at < len(buckets) else math.inf]] += 1
         self._add((name, label), seconds)
 
     def _add(self, key: Key, amount: float) -> None:
@@ -380,9 +387,8 @@ class EventFormatter(logging.Formatter):
         }
         if self._as_json:
             return json.dumps(entry)
-        return " ".join(
-            f"{k}={logfmt_value(v)}" for k, v in entry.items() if v not in (None, "", [])
-        )
+        told = [(k, v) for k, v in entry.items() if v is not None and v != "" and v != []]
+        return " ".join([f"{k}={logfmt_value(v)}" for k, v in told])
 
 
 PLAIN = re.compile(r"[!#-<>-~]*")  # printable ASCII without blank, quote and equals sign
@@ -390,9 +396,13 @@ PLAIN = re.compile(r"[!#-<>-~]*")  # printable ASCII without blank, quote and eq
 
 def logfmt_value(value: Any) -> str:
     """One value; attempts as model:outcome, booleans as JSON has them."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return str(value)
     if isinstance(value, list):
-        value = ",".join(f"{item['model']}:{item['outcome']}" for item in value)
-    text = str(value).lower() if isinstance(value, bool) else str(value)
+        value = ",".join([f"{item['model']}:{item['outcome']}" for item in value])
+    text = str(value)
     return text if PLAIN.fullmatch(text) else json.dumps(text)
 
 

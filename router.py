@@ -111,11 +111,15 @@ log = logging.getLogger("llm_router")
 def read_body(request: flask.Request) -> bytes:
     """The request body; RouterError 413 when it is too large, 499 when it was cut short."""
     most = request.max_content_length or 0  # one more than allowed: werkzeug cuts chunked bodies
+    length = request.content_length
     try:
-        data = request.get_data(cache=False)
+        if length is not None and length < most:  # the usual case, without werkzeug's wrappers
+            data = request.environ["wsgi.input"].read(length)
+        else:
+            data = request.get_data(cache=False)
         if len(data) >= most:
             raise RequestEntityTooLarge
-        if len(data) < (request.content_length or 0):
+        if len(data) < (length or 0):
             raise ClientDisconnected
         return data
     except RequestEntityTooLarge as e:

@@ -57,8 +57,8 @@ class Flight:
         self.due: tuple[float, str] = (math.inf, "")  # one value, so that the two always agree
         self.landed = False
         self.counted = True
-        self._over = threading.Event()
-        self._lock = threading.Lock()  # guards _sock; held during its shutdown, which cannot block
+        self._lock = threading.Lock()  # guards the two below; held during a shutdown: no wait
+        self._over: threading.Event | None = None  # made by the first wait
         self._sock: socket.socket | None = None
 
     def limit(self, kind: str, at: float) -> None:
@@ -84,19 +84,23 @@ class Flight:
             for sock in filter(None, hung_up):
                 with contextlib.suppress(OSError):  # the plain method: TLS would say goodbye first
                     socket.socket.shutdown(sock, socket.SHUT_RDWR)
-        self._over.set()
+            if self._over:
+                self._over.set()
 
     def next_attempt(self) -> None:
         """Forget a deadline that ended the last attempt, but not a client that left."""
         with self._lock:
             self.due = (math.inf, "")
             if self.why not in (None, "client_left", "total"):
-                self.why = None
-                self._over.clear()
+                self.why = self._over = None
 
     def wait(self, seconds: float) -> None:
-        """Sleep, unless the flight ends."""
-        self._over.wait(seconds)
+        """Sleep, unless the flight ends or has ended."""
+        with self._lock:
+            over = self._over = self._over or threading.Event()
+            if self.why:
+                over.set()
+        over.wait(seconds)
 
     def attach(self, sock: socket.socket | None) -> None:
         """Note the upstream socket in use; at once shut down when the flight is over."""
