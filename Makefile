@@ -9,7 +9,7 @@ PINNED := $(wildcard requirements.lock)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test floors lint lock drill clean
+.PHONY: help install run test floors lint lock bench drill clean
 
 help:  ## show this list
 	@$(PYTHON) -c 'import re; print("\n".join("make %-9s %s" % row for row in re.findall(r"(?m)^([a-z-]+):.*## (.*)", open("Makefile").read())))'
@@ -37,6 +37,9 @@ lock: $(VENV)/.installed-tests  ## pin all packages by hash in requirements.lock
 	@$(BIN)/pip-compile --quiet --generate-hashes --strip-extras --no-annotate --no-header \
 	  --no-emit-index-url --no-emit-trusted-host --no-emit-find-links -o requirements.lock requirements.txt
 	@echo "requirements.lock is written; from now on make install takes nothing else"
+
+bench: $(VENV)/.installed  ## speed and size beside nginx and others (bench/speed.py --help); 6 min
+	@$(BIN)/python bench/speed.py
 
 drill: $(VENV)/.installed  ## 16 provider faults against the real router, one by one
 	@$(BIN)/python bench/drill.py
