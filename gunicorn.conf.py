@@ -143,9 +143,10 @@ def on_starting(server):
     if os.environ.get("LISTEN_FDS") or os.environ.get("GUNICORN_FD"):
         return  # a socket handed over by systemd or by an older master
     check_port(server)
-    # A child, because a master that imports router would hand old code to workers after a reload.
+    # A child, because a master that imports router would hand old code to workers after a reload;
+    # without Flask, which takes half of the time.
     found = subprocess.run(
-        [sys.executable, str(here / "router.py"), "check", "--banner"], check=False, cwd=here
+        [sys.executable, str(here / "startup.py"), "check", "--banner"], check=False, cwd=here
     )
     if found.returncode:
         sys.exit(found.returncode)

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -126,6 +127,10 @@ def _redis_url(environ: Mapping[str, str]) -> str:
     url = read_secret(environ, "ROUTER_REDIS_URL")
     if url and not url.startswith(("redis://", "rediss://", "unix://")):
         raise SettingsError("ROUTER_REDIS_URL: expected redis://, rediss:// or unix://")
+    if url and not find_spec("redis"):
+        raise SettingsError(
+            "ROUTER_REDIS_URL: needs the package redis: pip install 'redis>=5.2,<9'"
+        )
     return url
 
 
@@ -320,3 +325,7 @@ def print_banner(settings: Settings, table: Table) -> None:
         facts = {"event": "banner", "url": base, "upstream": upstreams, "classifier": classifier}
         lines = [json.dumps({**facts, "routes": str(settings.routes), "demo": settings.demo})]
     sys.stderr.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":  # gunicorn.conf.py's check; people call router.py
+    sys.exit(main())

@@ -26,6 +26,7 @@ PROGRAMS = {
     "promtool": "promtool",
     "systemd": "systemd-analyze",
     "curl": "curl",
+    "wrk": "wrk",
     "sed": "sed",
 }
 
