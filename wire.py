@@ -222,7 +222,7 @@ class Answer(http.client.HTTPResponse):
     def begin(self) -> None:
         """Read the head, as http.client does but for the header lines."""
         version, status, reason = self._read_status()  # type: ignore[attr-defined]
-        while status == 100:
+        while 100 <= status < 200:  # only says that the answer will come
             read_headers(self.fp)
             version, status, reason = self._read_status()  # type: ignore[attr-defined]
         if not version.startswith("HTTP/1."):
@@ -296,7 +296,7 @@ class Answer(http.client.HTTPResponse):
         """Give the connection back if it can be used again, else close it."""
         connection, self.connection = self.connection, None
         if connection is not None:
-            if self.will_close or not self.is_whole:
+            if self.will_close or self.rest or not self.is_whole:
                 connection.close()
             self.pool._put_conn(connection)
         super().close()

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import trustme
 from conftest import LocalClient
-from upstream import DONE, Upstream, chunk, events, hang, pieces, stream, whole
+from upstream import DONE, Upstream, chunk, events, hang, pieces, raw, stream, whole
 from werkzeug.test import EnvironBuilder
 
 import wire
@@ -498,7 +498,7 @@ def head_of(data: bytes) -> wire.Answer:
 
 def test_a_head_is_read_as_http_client_reads_it():
     data = (
-        b"HTTP/1.1 100 Continue\r\nX: y\r\n\r\nHTTP/1.1 429 Too Many\r\nRetry-After:  7 \r\n"
+        b"HTTP/1.1 100 Continue\r\nX: y\r\n\r\nHTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 429 Too Many\r\nRetry-After:  7 \r\n"
         b"X-Folded: a\r\n b\r\nno colon\r\ncontent-LENGTH: 5\r\nX-Folded: c\nX-\xe9: \xe9\r\n\r\n"
         b"hello"
     )
@@ -667,3 +667,17 @@ def test_events_that_came_together_are_told_together():
     batches = list(wire.read_batches([sent, sent[:20], sent[20:]]))
 
     assert [len(batch) for batch in batches] == [3, 1, 2]
+
+
+def test_bytes_behind_an_answer_close_its_connection(upstream, clock):
+    upstream.default = raw(
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\nHTTP/1.1 200 OK",
+        after="hang",
+    )
+    line = Line(new_session(4), upstream.url + "/chat/completions", {})
+    before = upstream.connections
+
+    for flight in (Flight(None, clock), Flight(None, clock)):
+        assert wire.read_whole(line.send(SMALL, flight, 2), flight) == b"{}"
+
+    assert upstream.connections == before + 2
