@@ -498,7 +498,8 @@ def head_of(data: bytes) -> wire.Answer:
 
 def test_a_head_is_read_as_http_client_reads_it():
     data = (
-        b"HTTP/1.1 100 Continue\r\nX: y\r\n\r\nHTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 429 Too Many\r\nRetry-After:  7 \r\n"
+        b"HTTP/1.1 100 Continue\r\nX: y\r\n\r\nHTTP/1.1 103 Early Hints\r\n\r\n"
+        b"HTTP/1.1 429 Too Many\r\nRetry-After:  7 \r\n"
         b"X-Folded: a\r\n b\r\nno colon\r\ncontent-LENGTH: 5\r\nX-Folded: c\nX-\xe9: \xe9\r\n\r\n"
         b"hello"
     )
