@@ -80,7 +80,7 @@ def parse_object(data: bytes) -> tuple[str, dict[str, Any], list[Member]]:
         value, members, end = scan_object(text)
         if text[end:].strip(" \t\r\n"):
             raise json.JSONDecodeError("Extra data", text, end)
-        if data.count(b"{") + data.count(b"[") > MAX_DEPTH and depth_of(value) > MAX_DEPTH:
+        if depth_of(value) > MAX_DEPTH:
             raise ValueError
     except UnicodeDecodeError as e:
         why = f"byte {e.start} is not UTF-8"

@@ -261,12 +261,15 @@ def scan_object(text: str, at: int = 0) -> tuple[dict[str, Any], list[Member], i
     return values, members, at + 1
 
 
+NESTS = (dict, list)  # json makes no others; looking at the type is three times as quick
+
+
 def depth_of(value: Any) -> int:
     """How deep `value` is nested; looking stops at 100."""
     level, depth = [value], 0
     while level and depth < 100:
         depth += 1
-        level = [v for node in level for v in values_of(node) if isinstance(v, dict | list)]
+        level = [v for node in level for v in values_of(node) if type(v) in NESTS]
     return depth
 
 
@@ -354,7 +357,7 @@ def pretty(value: Any, depth: int = 0, used: int = 0) -> str:
 
 def values_of(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
     """The members' values, or the items."""
-    return value.values() if isinstance(value, dict) else value
+    return value.values() if type(value) is dict else value
 
 
 def load_table(text: str, schema: jsonschema.Draft202012Validator) -> Table:
@@ -618,9 +621,9 @@ class Store:
                     replace_file(self._last_good, text, like=self.path)
             self._kept = text
 
-    def adopt(self, text: str) -> Table:
-        """The table after `text`, which others agreed on, was checked and written, or Refused."""
-        return self._change(lambda table: text, None, None)
+    def adopt(self, edit: Callable[[Table], str]) -> Table:
+        """As `change`, for a text that others agreed on already: nobody is asked."""
+        return self._change(edit, None, None)
 
     def change(self, edit: Callable[[Table], str], if_match: str | None = None) -> Table:
         """The table after `edit` (table -> new text) was checked and written, or Refused.
