@@ -9,7 +9,7 @@ PINNED := $(wildcard requirements.lock)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test floors lint lock bench drill clean
+.PHONY: help install run test floors lint lock bench drill cluster clean
 
 help:  ## show this list
 	@$(PYTHON) -c 'import re; print("\n".join("make %-9s %s" % row for row in re.findall(r"(?m)^([a-z-]+):.*## (.*)", open("Makefile").read())))'
@@ -43,6 +43,9 @@ bench: $(VENV)/.installed  ## speed and size beside nginx and others (bench/spee
 
 drill: $(VENV)/.installed  ## 16 provider faults against the real router, one by one
 	@$(BIN)/python bench/drill.py
+
+cluster: $(VENV)/.installed-tests  ## two instances, Redis and nginx on this machine: what is shared
+	@PATH="$$PATH:/usr/sbin" $(BIN)/python bench/cluster.py
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) $(FLOORS) .pytest_cache .mypy_cache .ruff_cache .hypothesis __pycache__ */__pycache__

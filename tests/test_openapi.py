@@ -19,7 +19,7 @@ import router as module
 
 SPEC = json.loads((ROOT / "openapi.json").read_text())
 SCHEMAS = SPEC["components"]["schemas"]
-SOURCES = ("router.py", "doors.py", "routes_file.py")
+SOURCES = ("router.py", "doors.py", "routes_file.py", "cluster.py")
 # gunicorn's refusals, our doors, another method, a bug: these can happen on any route.
 EVERYWHERE = {"400", "403", "405", "414", "415", "417", "431", "500"}
 OPERATIONS = [
