@@ -8,11 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from service import KEY, ROOT, Service, free_port, small_routes
 from upstream import Upstream
 
 import router as module
+
+hypothesis.settings.register_profile("same every time", derandomize=True, database=None)
+hypothesis.settings.load_profile("same every time")
 
 __all__ = ["KEY", "ROOT", "Service", "free_port", "small_routes"]  # for the test files
 FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run
