@@ -45,7 +45,7 @@ def calls(client: LocalClient, body: bytes) -> int:
 
 
 def test_a_small_chat_costs_at_most_2_500_calls(client):
-    assert calls(client, small_body("router")) <= 2_500  # 2,080 with Flask's client; it was 4,900
+    assert calls(client, small_body("router")) <= 2_500  # 2,080, Flask's client included
 
 
 def test_an_agents_200_kb_cost_little_more(client):
