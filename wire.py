@@ -233,11 +233,14 @@ class Answer(http.client.HTTPResponse):
         self.headers = self.msg = headers
         self.chunked = headers.get("transfer-encoding", "").lower() == "chunked"
         self.chunk_left = None
-        length = headers.get("content-length", "")
+        told = {value.strip() for value in headers.get("content-length", "").split(",")}
+        if len(told) > 1 and not self.chunked:
+            raise http.client.HTTPException("lengths that contradict each other")
+        length = told.pop()
         has_length = length.isdecimal() and length.isascii() and not self.chunked
         self.length = int(length[:18]) if has_length else None
         if status in (204, 304):
-            self.length = 0
+            self.length, self.chunked = 0, False
         endless = self.length is None and not self.chunked
         self.will_close = endless or self._check_close()  # type: ignore[attr-defined]
 

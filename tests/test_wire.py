@@ -518,7 +518,8 @@ def test_a_head_is_read_as_http_client_reads_it():
     [
         (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked", None, False),
         (b"HTTP/1.1 200 OK\r\nContent-Length: -5", None, True),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6", None, True),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 5", 5, False),
+        (b"HTTP/1.1 204 OK\r\nTransfer-Encoding: chunked", 0, False),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: Close", 5, True),
         (b"HTTP/1.0 200 OK\r\nContent-Length: 5", 5, True),
         (b"HTTP/1.0 200 OK\r\nContent-Length: 5\r\nConnection: keep-alive", 5, False),
@@ -536,8 +537,9 @@ def test_how_an_answer_ends_is_told_by_its_head(head, length, will_close):
     "data",
     [b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n",
      b"HTTP/1.1 200 OK\r\nX: " + b"y" * 70_000 + b"\r\n\r\n",
+     b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
      b"HTTP/2 200 OK\r\n\r\n", b"HTTP/1.1 abc\r\n\r\n", b"ICY 200 OK\r\n\r\n", b""],
-    ids=["many", "long", "version", "status", "protocol", "nothing"],
+    ids=["many", "long", "lengths", "version", "status", "protocol", "nothing"],
 )  # fmt: skip
 def test_a_head_that_is_none_is_refused(data):
     with pytest.raises((http.client.HTTPException, OSError)):
