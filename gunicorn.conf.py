@@ -172,8 +172,8 @@ def post_fork(server, worker):
     """
     frugal_memory()
     cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
-    if pin_cpu == "1" and len(cpus) > 1:
-        port = int(bind.rpartition(":")[2])
+    if pin_cpu == "1" and len(cpus) > 1 and isinstance(server.cfg.address[0], tuple):
+        port = server.cfg.address[0][1]
         with contextlib.suppress(OSError):
             os.sched_setaffinity(0, {cpus[port % len(cpus)]})
 

@@ -520,7 +520,7 @@ class Line:
     def __init__(
         self, session: requests.Session, url: str, environ: Mapping[str, str], key: str = ""
     ):
-        self.url = url
+        self.url = requests.utils.requote_uri(url)
         self.key = key
         self.adapter = session.get_adapter(url)
         self.verify = environ.get("REQUESTS_CA_BUNDLE") or True

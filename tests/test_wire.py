@@ -684,3 +684,10 @@ def test_bytes_behind_an_answer_close_its_connection(upstream, clock):
         assert wire.read_whole(line.send(SMALL, flight, 2), flight) == b"{}"
 
     assert upstream.connections == before + 2
+
+
+def test_a_path_beyond_ascii_is_sent_percent_encoded(upstream, clock):
+    line = Line(new_session(4), upstream.url + "/é€/v1", {})
+
+    with contextlib.closing(line.send(SMALL, Flight(None, clock), 2)):
+        assert upstream.requests[-1].path.endswith("/%C3%A9%E2%82%AC/v1")
