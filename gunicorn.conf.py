@@ -2,17 +2,13 @@
 
 import contextlib
 import errno
-import json
+import importlib.util
 import logging
 import os
 import pathlib
 import socket
 import subprocess
 import sys
-import time
-import types
-
-from gunicorn.workers import gthread
 
 
 def whole_number(name, default):
@@ -72,70 +68,16 @@ loglevel = os.environ.get("ROUTER_GUNICORN_LOGLEVEL") or "warning"
 proc_name = "llm-router"
 
 
-class Worker(gthread.ThreadWorker):
-    """gthread whose own refusals (a malformed head, 100 KB of headers) are JSON like all others."""
-
-    def set_accept_enabled(self, enabled):
-        """On leaving, close the listener: a backlog nobody reads would hold clients for 60 s."""
-        super().set_accept_enabled(enabled)
-        if not enabled and not self.alive:
-            for listener in self.sockets:
-                listener.close()
-
-    def _keepalive_after(self, conn, keepalive):
-        """Wait half a second, not five, for a body that was refused unread: threads are few."""
-        deadline = time.monotonic() + 0.5
-        return bool(keepalive and conn.parser.finish_body(deadline=deadline))
-
-    def handle_error(self, req, client, addr, exc):
-        """Let gunicorn word the refusal, then send it as JSON instead of HTML.
-
-        gunicorn would log what the client sent, which may be a key or a prompt; we log the place.
-        """
-        from wire import where_it_broke  # here, in the worker: the master keeps no code of ours
-
-        where = {"where": where_it_broke(), "address": addr[0] if addr else ""}
-        logging.getLogger("llm_router").warning("request_refused", where)
-        quiet = types.SimpleNamespace(cfg=self.cfg, log=Silence())
-        gthread.ThreadWorker.handle_error(quiet, req, Envelope(client), addr, exc)
+def load_worker():
+    """The class in worker.py, loaded anew: a reload must not go on with the master's old copy."""
+    spec = importlib.util.spec_from_file_location("worker", here / "worker.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Worker
 
 
-class Silence:
-    """A log that keeps nothing."""
-
-    def __getattr__(self, name):
-        return lambda *args: None
-
-
-class Envelope:
-    """Stands in for the client's socket while gunicorn writes its HTML page."""
-
-    def __init__(self, sock):
-        self._sock = sock
-
-    def __getattr__(self, name):
-        return getattr(self._sock, name)
-
-    def sendall(self, page):
-        """Send the status of gunicorn's page with our envelope as its body."""
-        head = page.split(b"\r\n", 1)[0]
-        if head.endswith(b"Bad Request"):  # also said with a 500 or 501, but never our fault
-            head = b"HTTP/1.1 400 Bad Request"
-        status = int(head.split(b" ")[1])
-        kind = "internal_error" if status == 500 else "bad_request"
-        said = head.split(b" ", 2)[2].decode("latin1")
-        text = f"the request is malformed: {said}"
-        error = {"message": text, "type": kind, "param": None, "code": kind}
-        body = json.dumps({"error": error}).encode()
-        self._sock.sendall(
-            head
-            + b"\r\nConnection: close\r\nContent-Type: application/json\r\n"
-            + b"Content-Length: %d\r\n\r\n" % len(body)
-            + body
-        )
-
-
-worker_class = Worker
+# gthread's main thread costs more than a request needs, and its refusals are HTML.
+worker_class = load_worker()
 
 
 def on_starting(server):

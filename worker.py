@@ -1,0 +1,236 @@
+"""gunicorn's threaded worker, without the way through its main thread, and with refusals as JSON.
+
+gthread hands each request from its main thread to an executor and back through a pipe, which costs
+more than serving a constant answer does. Here each thread waits on one epoll for a connection that
+can be read, serves its request and puts it back; the main thread accepts, and ends what is idle.
+Where there is no epoll the threads are gthread's own. gunicorn.conf.py loads this file anew with
+each reload; it knows nothing of the router.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import select
+import socket
+import threading
+import time
+import types
+from typing import Any
+
+from gunicorn import util
+from gunicorn.http import wsgi
+from gunicorn.workers import gthread
+
+log = logging.getLogger("llm_router")
+
+LINGER_S = 2.0  # a worker that leaves keeps idle connections so long: a request may be on its way
+DRAIN_S = 0.5  # for the rest of a body that was refused unread, and for a goodbye; threads are few
+LOOK_S = 0.25  # how often a worker that leaves looks whether it may
+
+
+class Response(wsgi.Response):
+    """gunicorn's response, its head in one packet with what follows: the client wakes up once."""
+
+    headers_sent: bool
+
+    def send_headers(self) -> None:
+        """Nothing yet: `write` and `close` take the head along."""
+
+    def write(self, data: bytes) -> None:
+        """Send some of the body; an empty piece would end a chunked one."""
+        if not data and self.headers_sent:
+            return
+        if self.chunked and data:
+            data = b"%x\r\n%s\r\n" % (len(data), data)
+        self.sock.sendall(self.head() + data)
+
+    def close(self) -> None:
+        """End the response."""
+        end = self.head() + (b"0\r\n\r\n" if self.chunked else b"")
+        if end:
+            self.sock.sendall(end)
+
+    def head(self) -> bytes:
+        """Status line and headers, the first time."""
+        if self.headers_sent:
+            return b""
+        self.headers_sent = True
+        lines = [*self.default_headers(), *[f"{name}: {value}\r\n" for name, value in self.headers]]
+        return "".join([*lines, "\r\n"]).encode("latin-1")
+
+
+class Threaded(gthread.ThreadWorker):
+    """gthread whose own refusals (a malformed head, 100 KB of headers) are JSON like all others."""
+
+    def init_process(self) -> None:
+        """Read each setting once: looking one up costs a microsecond, 22 times a request."""
+        settings = {name: told.get() for name, told in self.cfg.settings.items()}
+        self.cfg.__dict__.update(settings)
+        super().init_process()
+
+    def set_accept_enabled(self, enabled: bool) -> None:
+        """On leaving, close the listener: a backlog nobody reads would hold clients for 60 s."""
+        super().set_accept_enabled(enabled)
+        if not enabled and not self.alive:
+            for listener in self.sockets:
+                listener.close()
+
+    def handle_request(self, req: Any, conn: Any) -> bool:
+        """Serve one request; True when its connection can take another one.
+
+        gunicorn's hooks for each request and its access log are left out: the router has its own.
+        """
+        _, environ = wsgi.create(req, conn.sock, conn.client, conn.server, self.cfg)
+        environ["wsgi.multithread"] = True
+        response = Response(req, conn.sock, self.cfg)
+        if not self.alive or not self.cfg.keepalive or self.is_crowded():
+            response.force_close()
+        pieces = self.wsgi(environ, response.start_response)
+        try:
+            for piece in pieces:
+                response.write(piece)
+            response.close()
+        finally:
+            pieces.close()
+        return not response.should_close() and self.has_read(req, conn)
+
+    def is_crowded(self) -> bool:
+        """True when there is no room for one more idle connection."""
+        return len(self.keepalived_conns) >= self.max_keepalived
+
+    def has_read(self, req: Any, conn: Any) -> bool:
+        """True when nothing is left of the request's body, or what was left came in time."""
+        if getattr(req.body.reader, "length", 1) == 0:
+            return True
+        return bool(conn.parser.finish_body(deadline=time.monotonic() + DRAIN_S))
+
+    def handle_error(self, req: Any, client: Any, addr: Any, exc: Exception) -> None:
+        """Let gunicorn word the refusal, then send it as JSON instead of HTML.
+
+        gunicorn would log what the client sent, which may be a key or a prompt; we log the place.
+        """
+        from wire import where_it_broke  # here, in the worker: the master keeps no code of ours
+
+        where = {"where": where_it_broke(), "address": addr[0] if addr else ""}
+        log.warning("request_refused", where)
+        quiet = types.SimpleNamespace(cfg=self.cfg, log=Silence())
+        gthread.ThreadWorker.handle_error(quiet, req, Envelope(client), addr, exc)
+
+
+class Direct(Threaded):
+    """Threads that find their requests themselves; see the head of this file.
+
+    A connection belongs to whoever took it out of `idle`, which is one step and needs no lock.
+    """
+
+    READABLE = getattr(select, "EPOLLIN", 0) | getattr(select, "EPOLLONESHOT", 0)
+
+    def init_process(self) -> None:
+        """Make what the threads share."""
+        self.ready = select.epoll()  # wakes one thread for each connection that can be read
+        self.idle: dict[int, Any] = {}  # by descriptor, those that wait for their next request
+        super().init_process()
+
+    def run(self) -> None:
+        """Serve until told to leave."""
+        for n in range(self.cfg.threads):
+            threading.Thread(target=self.serve, name=f"serve-{n}", daemon=True).start()
+        super().run()
+
+    def enqueue_req(self, conn: Any) -> None:
+        """A connection was accepted: wait for its first request, holding no thread."""
+        conn.data_ready = True
+        conn.sock.setblocking(True)
+        self.park(conn)
+        self.ready.register(conn.sock, self.READABLE)
+
+    def park(self, conn: Any) -> None:
+        """The connection is nobody's until it can be read."""
+        conn.set_timeout()
+        self.idle[conn.sock.fileno()] = conn
+
+    def serve(self) -> None:
+        """A thread's life: take a connection that can be read, serve it, put it back."""
+        while True:
+            for descriptor, _ in self.ready.poll(-1, 1):
+                conn = self.idle.pop(descriptor, None)
+                if conn is not None:
+                    self.serve_one(conn)
+
+    def serve_one(self, conn: Any) -> None:
+        """Serve what a client has sent; its next request may have come along."""
+        keep = False
+        try:
+            keep = self.handle(conn)
+            while keep and conn.parser.unreader.buf.getvalue():
+                keep = self.handle(conn)
+        finally:
+            if keep:
+                self.park(conn)
+                with contextlib.suppress(OSError, ValueError):  # the main thread has closed it
+                    self.ready.modify(conn.sock, self.READABLE)
+            else:
+                util.close_graceful(conn.sock, timeout=DRAIN_S)
+                self.method_queue.defer(self.count_out)
+
+    def count_out(self) -> None:
+        """A connection was closed. In the main thread, which alone counts them."""
+        self.nr_conns -= 1
+
+    def is_crowded(self) -> bool:
+        """True when there is no room for one more idle connection."""
+        return len(self.idle) >= self.max_keepalived
+
+    def murder_keepalived(self, force: bool = False) -> None:
+        """Close what has been idle for too long, and soon all that is idle when told to leave."""
+        now = time.monotonic()
+        for descriptor, conn in list(self.idle.items()):
+            if not self.alive:
+                conn.timeout = min(conn.timeout, now + LINGER_S)
+            if (force or conn.timeout <= now) and self.idle.pop(descriptor, None):
+                conn.close()
+                self.count_out()
+
+    def wait_for_and_dispatch_events(self, timeout: float) -> None:
+        """The main thread's wait: it has to look again soon when it is to leave."""
+        super().wait_for_and_dispatch_events(timeout if self.alive else min(timeout, LOOK_S))
+
+
+Worker = Direct if hasattr(select, "epoll") else Threaded
+
+
+class Silence:
+    """A log that keeps nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args: None
+
+
+class Envelope:
+    """Stands in for the client's socket while gunicorn writes its HTML page."""
+
+    def __init__(self, sock: socket.socket):
+        self._sock = sock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+    def sendall(self, page: bytes) -> None:
+        """Send the status of gunicorn's page with our envelope as its body."""
+        head = page.split(b"\r\n", 1)[0]
+        if head.endswith(b"Bad Request"):  # also said with a 500 or 501, but never our fault
+            head = b"HTTP/1.1 400 Bad Request"
+        status = int(head.split(b" ")[1])
+        kind = "internal_error" if status == 500 else "bad_request"
+        said = head.split(b" ", 2)[2].decode("latin1")
+        text = f"the request is malformed: {said}"
+        error = {"message": text, "type": kind, "param": None, "code": kind}
+        body = json.dumps({"error": error}).encode()
+        self._sock.sendall(
+            head
+            + b"\r\nConnection: close\r\nContent-Type: application/json\r\n"
+            + b"Content-Length: %d\r\n\r\n" % len(body)
+            + body
+        )
