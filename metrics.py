@@ -17,6 +17,7 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -326,7 +327,7 @@ def as_prometheus(accept: str, *collectors: Any) -> tuple[bytes, str]:
 
 
 def _today() -> str:
-    return time.strftime("%Y-%m-%d", time.gmtime())
+    return now_text()[:10]
 
 
 def _tokens_in_all(counts: Mapping[Key, int]) -> dict[str, int]:
@@ -387,23 +388,24 @@ class EventFormatter(logging.Formatter):
         }
         if self._as_json:
             return json.dumps(entry)
-        told = [(k, v) for k, v in entry.items() if v is not None and v != "" and v != []]
-        return " ".join([f"{k}={logfmt_value(v)}" for k, v in told])
+        return " ".join([f"{k}={logfmt_value(v)}" for k, v in entry.items() if v not in SILENT])
 
 
+SILENT: tuple[Any, ...] = (None, "", [])  # values that tell nothing
 PLAIN = re.compile(r"[!#-<>-~]*")  # printable ASCII without blank, quote and equals sign
 
 
 def logfmt_value(value: Any) -> str:
     """One value; attempts as model:outcome, booleans as JSON has them."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return str(value)
     if isinstance(value, list):
         value = ",".join([f"{item['model']}:{item['outcome']}" for item in value])
+    elif isinstance(value, bool):
+        return "true" if value else "false"
     text = str(value)
-    return text if PLAIN.fullmatch(text) else json.dumps(text)
+    return text if PLAIN.fullmatch(text) else _quoted(text)
+
+
+_quoted = lru_cache(maxsize=256)(json.dumps)  # reasons, most of them told before
 
 
 def log_to_stderr(log_format: str) -> None:

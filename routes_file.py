@@ -21,8 +21,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
 from urllib.parse import urlsplit
@@ -747,4 +746,9 @@ def write_beside(temp: Path, text: str, like: Path) -> None:
 
 def now_text() -> str:
     """The time of day for people: UTC, ISO 8601, whole seconds."""
-    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    return _text_of_second(int(time.time()))
+
+
+@lru_cache(maxsize=8)
+def _text_of_second(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second))

@@ -281,8 +281,8 @@ def test_over_the_daily_limit_requests_are_a_429_until_midnight(limited, upstrea
 def test_the_next_day_begins_at_zero(limited, monkeypatch):
     limited.chat()
     limited.chat()
-    today = time.gmtime()
+    tomorrow = time.time() + 86400
 
-    monkeypatch.setattr("metrics.time.gmtime", lambda: time.struct_time((today[0] + 1, *today[1:])))
+    monkeypatch.setattr("metrics.time.time", lambda: tomorrow)
 
     assert limited.chat().status_code == 200
