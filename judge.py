@@ -116,7 +116,7 @@ def failure_from(status: int, body: Any, retry_after: str | None = None) -> Fail
 def check_head(response: requests.Response, flight: Flight) -> None:
     """Failure unless status and headers announce an answer that we can read."""
     status = response.status_code
-    plain = response.headers.get("Content-Encoding", "identity").lower() in ("", "identity")
+    plain = response.headers.get("content-encoding", "identity").lower() in ("", "identity")
     if status == 200 and plain:
         return
     if status < 300:
@@ -126,4 +126,4 @@ def check_head(response: requests.Response, flight: Flight) -> None:
         data = read_whole(response, flight, MAX_ERROR) if plain else b""
     if flight.why:
         raise Failure(flight.why, status=status)
-    raise failure_from(status, parse_loosely(data), response.headers.get("Retry-After"))
+    raise failure_from(status, parse_loosely(data), response.headers.get("retry-after"))

@@ -832,7 +832,7 @@ class Relay:
         """Read up to the commit; Failure while another model may still be tried."""
         if not self._call.chat.stream:
             self._read_answer()
-        elif "application/json" in self._response.headers.get("Content-Type", ""):
+        elif "application/json" in self._response.headers.get("content-type", ""):
             body = parse_loosely(read_whole(self._response, self._flight))
             told = isinstance(body, dict) and body.get("error")
             raise failure_from(200, body) if told else Failure("not_an_answer", "no stream", 200)
@@ -1277,6 +1277,7 @@ def _refusal(failures: list[Failure]) -> Failure | None:
 # --- routes ------------------------------------------------------------------------------------
 
 routes = flask.Blueprint("router", __name__)
+EVENTS = "text/event-stream; charset=utf-8"
 ALWAYS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}  # unless set otherwise
 
 
@@ -1305,18 +1306,27 @@ def chat() -> flask.Response:
     return answer(owner, call, owner.walk(call, decision))
 
 
+class Answered(flask.Response):
+    """A chat's answer. Its headers are complete: werkzeug would copy and look through them."""
+
+    def get_wsgi_headers(self, environ: Any) -> Any:
+        """The headers as they are."""
+        return self.headers
+
+
 def answer(owner: Router, call: Call, relay: Relay) -> flask.Response:
     """The relay as a response; its close hook ends the call, whatever became of it."""
     headers = dict(ALWAYS)  # all at once below: setting them singly compares each to each
+    body: Any = relay.stream() if call.stream else relay.held[0]
     if call.stream:
-        headers |= call.headers() | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        response = flask.Response(relay.stream(), headers=headers, mimetype="text/event-stream")
+        streamed = {"Content-Type": EVENTS, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        headers |= call.headers() | streamed
     else:
         call.outcome = "success"
         if call.answer:
             call.answer.price(relay.usage)
-        headers |= call.headers()
-        response = flask.Response(relay.held[0], headers=headers, mimetype="application/json")
+        headers |= call.headers() | {"Content-Type": "application/json"}
+    response = Answered(body, headers=headers)
     response.call_on_close(lambda: owner.finish(call))
     return response
 
@@ -1574,8 +1584,9 @@ def request_schemas() -> dict[str, jsonschema.Draft202012Validator]:
 
 def add_headers(response: flask.Response) -> flask.Response:
     """Headers of every answer."""
-    for key, value in ALWAYS.items():
-        response.headers.setdefault(key, value)
+    if not isinstance(response, Answered):
+        for key, value in ALWAYS.items():
+            response.headers.setdefault(key, value)
     if router().settings.demo:
         response.headers["X-Router-Demo"] = "1"
     return response

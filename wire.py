@@ -15,6 +15,7 @@ import ipaddress
 import json
 import logging
 import math
+import queue
 import re
 import select
 import socket
@@ -23,6 +24,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
@@ -42,7 +44,9 @@ RESERVE = 8  # threads kept free of chats, so that /health and the admin routes 
 MAX_ANSWER = 32 << 20  # bytes of one whole answer, or of one held stream
 MAX_EVENT = 8 << 20  # bytes of one server-sent event
 MAX_ERROR = 64 << 10  # bytes read of an error page
-MAX_HEADERS, MAX_LINE = 100, 65536  # of an answer's head, as in http.client
+READ_SIZE = 65536
+MAX_HEAD = 65536  # of an answer, in bytes
+MAX_HEADERS, MAX_LINE = 100, 65536  # of an answer's head, and of a line in it or its chunks
 _LEFT = getattr(select, "POLLRDHUP", 0)  # Linux; elsewhere a read of zero bytes tells
 _current = threading.local()  # .flight: whose upstream call this thread makes
 
@@ -210,66 +214,118 @@ def clients_that_left(air: Iterable[Flight]) -> set[Flight]:
 
 HEX = re.compile(rb"[0-9a-fA-F]{1,15}(?=[ \t]*(?:;|$))")
 TRAILER, BROKEN = -1, -2  # instead of a number of bytes: after the last chunk; no chunk at all
+HEAD_END = re.compile(rb"\r?\n\r?\n")
+STATUS_LINE = re.compile(r"HTTP/1\.(\d+)\s+([1-9]\d\d)(?:\s.*)?")
 
 
-class Answer(http.client.HTTPResponse):
-    """An upstream's answer. http.client reads its head as an email: a fifth of a call's time."""
+class Answer:
+    """An upstream's answer: its head, then its body as it comes.
 
-    pool: Any = None
-    connection: Any = None  # while it may have to be closed or given back
-    rest = b""  # of a chunk's head that has come in part
+    http.client reads a head as an email and hides what has come but was not asked for; both cost
+    more than the exchange itself. Errors are those of http.client and OSError.
+    """
+
+    def __init__(self, sock: socket.socket, pool: Any = None, connection: Any = None):
+        self.sock = sock
+        self.pool = pool
+        self.connection = connection  # while it may have to be closed or given back
+        self.status_code = 0
+        self.headers: dict[str, str] = {}  # by name in lower case; several of a name in one
+        self.length: int | None = None  # what is missing of a body whose length was told
+        self.chunked = False
+        self.will_close = False
+        self.ended = False  # the last chunk, or the end of what has neither length nor chunks
+        self._chunk_left = 0  # of a chunk and the line end behind it, or what comes next
+        self._rest = b""  # received and not looked at yet
+
+    @property
+    def raw(self) -> Answer:
+        """Where requests' responses keep the body to read."""
+        return self
 
     def begin(self) -> None:
-        """Read the head, as http.client does but for the header lines."""
-        version, status, reason = self._read_status()  # type: ignore[attr-defined]
+        """Read the head."""
+        status, lines = 100, [""]
         while 100 <= status < 200:  # only says that the answer will come
-            read_headers(self.fp)
-            version, status, reason = self._read_status()  # type: ignore[attr-defined]
-        if not version.startswith("HTTP/1."):
-            raise http.client.UnknownProtocol(version)
-        self.version = 10 if version == "HTTP/1.0" else 11
-        self.code, self.status, self.reason = status, status, reason.strip()
-        headers: Any = read_headers(self.fp)
-        self.headers = self.msg = headers
-        self.chunked = headers.get("transfer-encoding", "").lower() == "chunked"
-        self.chunk_left = None
-        told = {value.strip() for value in headers.get("content-length", "").split(",")}
+            status, lines = self._read_head()
+        self.status_code = status
+        name = ""
+        for line in lines[1:]:
+            if line[:1] in (" ", "\t"):  # the line before goes on
+                value = line
+            else:
+                name, _, value = line.partition(":")
+                name = name.strip().lower()
+            if name:
+                value, before = value.strip(), self.headers.get(name)
+                self.headers[name] = value if before is None else f"{before}, {value}"
+        self._frame(lines[0])
+
+    def _read_head(self) -> tuple[int, list[str]]:
+        """Status and lines of one head, the first of them the status line."""
+        looked_at = 0
+        while not (end := HEAD_END.search(self._rest, max(0, looked_at - 3))):
+            looked_at = len(self._rest)
+            if looked_at > MAX_HEAD:
+                raise http.client.LineTooLong("head")
+            data = self.sock.recv(READ_SIZE)
+            if not data:
+                raise http.client.RemoteDisconnected("in the head")
+            self._rest += data
+        text = self._rest[: end.start()].decode("latin-1")
+        self._rest = self._rest[end.end() :]
+        lines = text.replace("\r\n", "\n").split("\n")
+        found = STATUS_LINE.fullmatch(lines[0])
+        if not found or len(lines) > MAX_HEADERS or len(text) > MAX_HEAD:
+            raise http.client.HTTPException("no head of HTTP/1, or too long")
+        return int(found[2]), lines
+
+    def _frame(self, status_line: str) -> None:
+        """Where the body ends, and whether the connection outlives it."""
+        told = {value.strip() for value in self.headers.get("content-length", "").split(",")}
+        self.chunked = self.headers.get("transfer-encoding", "").lower() == "chunked"
         if len(told) > 1 and not self.chunked:
             raise http.client.HTTPException("lengths that contradict each other")
         length = told.pop()
-        has_length = length.isdecimal() and length.isascii() and not self.chunked
-        self.length = int(length[:18]) if has_length else None
-        if status in (204, 304):
+        if length.isdecimal() and length.isascii() and not self.chunked:
+            self.length = int(length[:18])
+        if self.status_code in (204, 304):
             self.length, self.chunked = 0, False
         endless = self.length is None and not self.chunked
-        self.will_close = endless or self._check_close()  # type: ignore[attr-defined]
+        kept = self.headers.get("connection", "").lower()
+        old = status_line.startswith("HTTP/1.0")
+        self.will_close = endless or ("keep-alive" not in kept if old else "close" in kept)
 
-    def read1(self, n: int = -1) -> bytes:
-        """What has come of the body, from however many chunks; b'' at its end."""
-        out = self._read_chunks(n) if self.chunked else super().read1(n)
+    def read1(self, n: int = READ_SIZE) -> bytes:
+        """What has come of the body, waiting for some; b'' at its end."""
+        out = self.take(b"")
+        while not out and not self.is_whole:
+            data = self.sock.recv(n)
+            if not data:
+                self.ended = self.length is None and not self.chunked
+                self.close()
+                if self.chunked:
+                    raise http.client.IncompleteRead(b"")
+                break
+            out = self.take(data)
         if not out and self.is_whole:
             self.close()  # its connection can serve the next request already
         return out
 
-    def _read_chunks(self, n: int) -> bytes:
-        out = b""
-        while not out and self.fp is not None:
-            if self.chunk_left == BROKEN:
-                raise ValueError("chunk size")
-            data = self.fp.read1(n)
-            if not data:
-                raise http.client.IncompleteRead(b"")
-            out = self._unchunked(data)
-        return out
+    def take(self, data: bytes) -> bytes:
+        """The body's bytes in `data`, which was received; ValueError when no chunk begins there."""
+        data, self._rest = self._rest + data, b""
+        if self.chunked:
+            return self._unchunked(data)
+        if self.length is not None:
+            data, self._rest = data[: self.length], data[self.length :]
+            self.length -= len(data)
+        return data
 
     def _unchunked(self, data: bytes) -> bytes:
-        """The body's bytes in `data`, which may begin and end anywhere in a chunk.
-
-        `chunk_left` is what is missing of a chunk and the line end behind it, or what comes next.
-        """
-        data, at, out = self.rest + data, 0, []
-        left: int = self.chunk_left or 0
-        while at < len(data) and self.fp is not None and left != BROKEN:
+        """The same, where `data` may begin and end anywhere in a chunk."""
+        at, left, out = 0, self._chunk_left, []
+        while at < len(data) and not self.ended and left != BROKEN:
             if left > 0:
                 took = min(left, len(data) - at)
                 out.append(data[at : at + max(0, min(took, left - 2))])
@@ -279,49 +335,31 @@ class Answer(http.client.HTTPResponse):
             if end < 0:
                 break
             line, at = data[at:end].strip(), end + 1
-            if left == TRAILER and not line:
-                self._close_conn()  # type: ignore[attr-defined]
-            elif left == 0:
+            if left == TRAILER:
+                self.ended = not line
+            else:
                 size = HEX.match(line)
                 left = int(size[0], 16) + 2 if size else BROKEN
                 left = TRAILER if left == 2 else left
-        self.chunk_left, self.rest = left, data[at:]
-        if len(self.rest) > MAX_LINE:
+        self._chunk_left, self._rest = left, data[at:]
+        if left == BROKEN and not out:
+            raise ValueError("chunk size")
+        if len(self._rest) > MAX_LINE:
             raise http.client.LineTooLong("chunk size")
         return b"".join(out)
 
     @property
     def is_whole(self) -> bool:
         """True when nothing is left to read, as far as the head and the chunks have told."""
-        return not self.length and (self.fp is None or self.length == 0)
+        return self.ended or self.length == 0
 
     def close(self) -> None:
         """Give the connection back if it can be used again, else close it."""
         connection, self.connection = self.connection, None
         if connection is not None:
-            if self.will_close or self.rest or not self.is_whole:
+            if self.will_close or self._rest or not self.is_whole:
                 connection.close()
             self.pool._put_conn(connection)
-        super().close()
-
-
-def read_headers(fp: Any) -> urllib3.HTTPHeaderDict:
-    """The header lines up to the blank one; HTTPException when they are too many or too long."""
-    headers, name = urllib3.HTTPHeaderDict(), ""
-    for _ in range(MAX_HEADERS):
-        line = fp.readline(MAX_LINE + 1)
-        if len(line) > MAX_LINE:
-            raise http.client.LineTooLong("header line")
-        if line in (b"\r\n", b"\n", b""):
-            return headers
-        text = line.decode("latin-1")
-        if text[0] in " \t":  # the line before goes on
-            value = text
-        else:
-            name, _, value = text.partition(":")
-        if name.strip():
-            headers.add(name.strip(), value.strip())
-    raise http.client.HTTPException(f"over {MAX_HEADERS} header lines")
 
 
 class _Noted:
@@ -338,7 +376,7 @@ class _Noted:
             flight.attach(self.copy)
         return sock
 
-    def exchange(self, head: bytes, body: bytes) -> Answer:
+    def exchange(self, pool: Any, head: bytes, body: bytes) -> Answer:
         """Send a request and read the head of its answer, for the flight of this thread."""
         assert self.sock is not None
         self.flight = getattr(_current, "flight", None)
@@ -349,12 +387,8 @@ class _Noted:
         # In one packet: the upstream wakes up once. It may have refused already, and closed.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.sock.sendall(head + body)
-        answer = Answer(self.sock, method="POST")
-        try:
-            answer.begin()
-        except BaseException:
-            answer.close()
-            raise
+        answer = Answer(self.sock, pool, self)
+        answer.begin()
         return answer
 
     def close(self) -> None:
@@ -379,9 +413,38 @@ class _HTTPSConnection(_Noted, urllib3.connection.HTTPSConnection):
     pass
 
 
+class Stack:
+    """What urllib3 wants of a queue for its connections: the last one put is the first taken.
+
+    A pool never waits for one, so a deque will do, at a tenth of queue.LifoQueue's time.
+    """
+
+    def __init__(self, maxsize: int):
+        self._items: deque[Any] = deque()
+        self._maxsize = maxsize
+
+    def get(self, **how: Any) -> Any:
+        """The last one put; queue.Empty."""
+        try:
+            return self._items.pop()
+        except IndexError:
+            raise queue.Empty from None
+
+    def put(self, item: Any, **how: Any) -> None:
+        """Keep it; queue.Full."""
+        if len(self._items) >= self._maxsize:
+            raise queue.Full
+        self._items.append(item)
+
+    def qsize(self) -> int:
+        """How many there are."""
+        return len(self._items)
+
+
 class _NotedPool:
     """Mixed into urllib3's pools: their connections, certificates and proxies, our exchange."""
 
+    QueueCls = Stack
     scheme: str | None
     proxy_headers: Mapping[str, str]
 
@@ -400,15 +463,15 @@ class _NotedPool:
             more_headers = self.proxy_headers if self.scheme == "http" else {}
             lines = [f"{method} {url} HTTP/1.1"]
             lines += [f"{name}: {value}" for name, value in {**headers, **more_headers}.items()]
-            answer: Answer = conn.exchange("\r\n".join([*lines, "", ""]).encode("latin-1"), body)
+            head = "\r\n".join([*lines, "", ""]).encode("latin-1")
+            answer: Answer = conn.exchange(self, head, body)
+            return answer
         except BaseException as e:
             conn.close()
             self._put_conn(conn)
             if isinstance(e, OSError | http.client.HTTPException):
                 raise urllib3.exceptions.ProtocolError("broke off", e) from e
             raise
-        answer.pool, answer.connection = self, conn
-        return answer
 
     def _connect(self, conn: Any) -> None:
         """Connect, over TLS through the proxy's tunnel where there is a proxy."""
@@ -463,12 +526,9 @@ class Adapter(HTTPAdapter):
         """What stands in the request line."""
         return self._known[request.url][1]
 
-    def build_response(self, req: Any, resp: Any) -> requests.Response:
-        """Status, headers and the body to read; no cookies, no guess of an encoding."""
-        response = requests.Response()
-        response.status_code, response.headers, response.raw = resp.status, resp.headers, resp
-        response.request, response.url = req, req.url
-        return response
+    def build_response(self, req: Any, resp: Any) -> Any:
+        """The answer itself has what we look at of a response: status, headers, body, close."""
+        return resp
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         """Pools of our connections."""
@@ -583,7 +643,7 @@ def read_chunks(response: requests.Response, flight: Flight) -> Iterator[bytes]:
     """The answer's bytes as they come. `iter_content` would wait for the end of some answers."""
     while True:
         try:
-            chunk = response.raw.read1(65536)
+            chunk = response.raw.read1(READ_SIZE)
         except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError) as e:
             raise Failure(flight.why or "cut", status=response.status_code) from e
         if not chunk:
