@@ -1,6 +1,6 @@
 """A chat request as JSON: its text, its value and where its members stand.
 
-A body is forwarded as it came; only the members that must change are replaced in its text, so big
+A body is forwarded as it came; only the members that must change are replaced in its bytes, so big
 integers, unknown fields and the client's own layout survive. Nothing here knows Flask.
 """
 
@@ -20,11 +20,11 @@ MOST_VALUES = 100_000  # a validator takes up to 50 µs for each
 MAX_DEPTH = 64  # real requests stay under 20; the C parser of json gives up near 1,000
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Chat:
-    """A checked chat request. `text` is the body as it came; only members of it are replaced."""
+    """A checked chat request. `data` is the body as it came, `members` where its members stand."""
 
-    text: str
+    data: bytes
     body: Mapping[str, Any]
     members: Sequence[Member]
 
@@ -38,7 +38,12 @@ class Chat:
         """True when the client asked for the usage chunk of a stream itself."""
         return bool((self.body.get("stream_options") or {}).get("include_usage"))
 
-    @property
+    def settle(self) -> None:
+        """Forget messages and tools once a chain is chosen: parsed they take thrice their text."""
+        _ = self.wants_tools, self.wants_images  # which look at them
+        self.body = {k: v for k, v in self.body.items() if k not in ("messages", "tools")}
+
+    @cached_property
     def wants_tools(self) -> bool:
         """True when a model may be expected to call a tool."""
         return bool(self.body.get("tools")) and self.body.get("tool_choice") != "none"
@@ -52,25 +57,41 @@ class Chat:
 
     def is_longer_than(self, context: int) -> bool:
         """True when the text surely has over `context` tokens: none is longer than 8 characters."""
-        if len(self.text) <= 8 * context:
+        if len(self.data) <= 8 * context:
             return False
-        text = re.sub(r'"data:[^"]{200,}"|"[\w+/=-]{1000,}"', "", self.text)  # files are not text
+        text = re.sub(r'"data:[^"]{200,}"|"[\w+/=-]{1000,}"', "", self.data.decode())  # no text
         return len(re.sub(r"\\u[0-9a-fA-F]{4}", "x", text)) > 8 * context
 
-    def for_model(self, model_id: str) -> bytes:
-        """The body for one upstream call: `model` replaced, usage asked for when it streams."""
+    def for_model(self, model_id: str) -> list[bytes | memoryview]:
+        """The body for one upstream call: `model` replaced, usage asked for when it streams.
+
+        In pieces, most of them still those of `data`: a copy would double what a request holds.
+        """
         edits = {"model": json.dumps(model_id)}
         if self.stream:
             options = {**(self.body.get("stream_options") or {}), "include_usage": True}
             edits["stream_options"] = json.dumps(options)
-        out, done = [], self.members[0].start
-        out.append(self.text[:done])
-        out += [f'"{key}": {value}, ' for key, value in edits.items() if key not in self.body]
+        data, done = memoryview(self.data), self.members[0].start
+        new = [f'"{key}": {value}, ' for key, value in edits.items() if key not in self.body]
+        out: list[bytes | memoryview] = [data[:done], "".join(new).encode()]
         for member in self.members:
             if member.key in edits:
-                out += [self.text[done : member.value], edits[member.key]]
+                out += [data[done : member.value], edits[member.key].encode()]
                 done = member.end
-        return "".join([*out, self.text[done:]]).encode()
+        return [*out, data[done:]]
+
+
+def read_object(data: bytes) -> Chat:
+    """A JSON object with the places of the members that `for_model` may replace, in bytes."""
+    text, body, members = parse_object(data)
+    others = [m for m in members[1:] if m.key in ("model", "stream_options")]
+    members = [*members[:1], *others]
+    if not text.isascii():
+        members = [
+            Member(m.key, *(len(text[:at].encode()) for at in (m.start, m.value, m.end)))
+            for m in members
+        ]
+    return Chat(data, body, members)
 
 
 def parse_object(data: bytes) -> tuple[str, dict[str, Any], list[Member]]:

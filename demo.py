@@ -46,7 +46,7 @@ class DemoAdapter(BaseAdapter):
         self, request: requests.PreparedRequest, *args: Any, **kwargs: Any
     ) -> requests.Response:
         """A made-up answer to the chat request in `request`."""
-        body = json.loads(request.body or b"{}")
+        body = json.loads(b"".join(request.body or [b"{}"]))  # type: ignore[arg-type]
         text = (
             f"[demo] No API key is set, so nobody was asked. {body['model']} would have answered "
             "here. Put your key into .env and start again."

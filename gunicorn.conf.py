@@ -95,15 +95,18 @@ def on_starting(server):
 
 
 def frugal_memory():
-    """Have freed memory given back: glibc would keep a heap per thread, and big bodies in all."""
+    """Have freed memory given back: glibc would keep a heap per thread, and big bodies in all.
+
+    Up to 4 MB comes from the heap: mapping each body of 200 KB anew costs a third of its request.
+    """
     with contextlib.suppress(Exception):  # another C library; systemd's MemoryDenyWriteExecute
         import ctypes
 
         trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # malloc.h
         libc = ctypes.CDLL(None)
         libc.mallopt(arena_max, 2)
-        libc.mallopt(mmap_threshold, 128 << 10)
-        libc.mallopt(trim_threshold, 128 << 10)
+        libc.mallopt(mmap_threshold, 4 << 20)
+        libc.mallopt(trim_threshold, 4 << 20)
 
 
 def post_fork(server, worker):

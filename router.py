@@ -49,7 +49,7 @@ import requests
 from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
 
-from chat import MOST_VALUES, Chat, fits, has_over, parse_object
+from chat import MOST_VALUES, Chat, fits, has_over, parse_object, read_object
 from doors import CHAT_PATHS, RouterError, guard, invalid, read_page, scrub
 from judge import VERDICTS, check_head, failure_from
 from metrics import (
@@ -94,6 +94,7 @@ from wire import (
     Flights,
     Full,
     Line,
+    Pieces,
     new_session,
     parse_loosely,
     read_batches,
@@ -137,10 +138,10 @@ def read_chat(data: bytes) -> Chat:
 
     The schema takes 2 ms for a long conversation, so it only words a refusal.
     """
-    text, body, members = parse_object(data)
-    if not fits(body):
-        check(body, "ChatRequest")
-    return Chat(text, body, members)
+    chat = read_object(data)
+    if not fits(chat.body):
+        check(chat.body, "ChatRequest")
+    return chat
 
 
 def check(body: Any, name: str) -> None:
@@ -709,7 +710,7 @@ class Upstreams:
         return bool(self.key(upstream))
 
     def open(
-        self, model: Model, body: bytes, flight: Flight, connect_s: float
+        self, model: Model, body: Pieces, flight: Flight, connect_s: float
     ) -> requests.Response:
         """The answer of `model`, its head good and its body unread; or Failure, with it closed."""
         line = self._lines.get(model.upstream)
@@ -738,7 +739,7 @@ class Upstreams:
         flight.limit("classify", flight.clock() + timeout_s)
         try:
             line = Line(self._session, url, self._settings.environ)
-            with contextlib.closing(line.send(body, flight, min(0.5, timeout_s))) as response:
+            with contextlib.closing(line.send([body], flight, min(0.5, timeout_s))) as response:
                 if response.status_code != 200:
                     raise ClassifierError(f"status {response.status_code}")
                 return read_whole(response, flight, MAX_ERROR)
@@ -767,7 +768,7 @@ SAYS = ("content", "reasoning", "reasoning_content", "tool_calls", "function_cal
         "audio", "images")  # fmt: skip
 
 
-NO_CHAT = Chat("", {}, ())
+NO_CHAT = Chat(b"", {}, ())
 
 
 @dataclass
@@ -1051,6 +1052,7 @@ class Router:
         call.whole = decision.whole
         call.deadline = call.started + decision.timeouts["total"]
         call.choose_s = self.clock() - before
+        chat.settle()
         return decision
 
     def walk(self, call: Call, decision: Decision) -> Relay:
@@ -1148,11 +1150,12 @@ class Router:
         assert call.decision is not None
         timeouts = {**call.decision.timeouts, **model.timeouts}
         kind = "first_token" if call.stream else "answer"
-        more_s = min(30.0, len(call.chat.text) / 10_000) if call.stream else 0.0
+        more_s = min(30.0, len(call.chat.data) / 10_000) if call.stream else 0.0
         at = math.inf if spared else self.clock() + timeouts[kind] + more_s
         call.flight.limit_first((at, kind), (call.deadline, "total"))
-        body = call.chat.for_model(model.id)
-        response = self.upstreams.open(model, body, call.flight, timeouts["connect"])
+        response = self.upstreams.open(
+            model, call.chat.for_model(model.id), call.flight, timeouts["connect"]
+        )
         relay = Relay(response, call, timeouts["idle"])
         try:
             relay.prepare()
@@ -1335,11 +1338,11 @@ def answer(owner: Router, call: Call, relay: Relay) -> flask.Response:
 def dry_run() -> dict[str, Any]:
     """Where a request would go and why, through the same code; no upstream is called."""
     with boarded(router()) as call:
-        text, body, members = parse_object(read_body(flask.request))
-        check(body, "RouteRequest")
-        if "text" in body:
-            body["messages"] = [{"role": "user", "content": body["text"]}]
-        return explain(router(), call, Chat(text, body, members))
+        chat = read_object(read_body(flask.request))
+        check(chat.body, "RouteRequest")
+        if "text" in chat.body:
+            chat.body = {**chat.body, "messages": [{"role": "user", "content": chat.body["text"]}]}
+        return explain(router(), call, chat)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from pathlib import Path
@@ -48,6 +48,7 @@ READ_SIZE = 65536
 MAX_HEAD = 65536  # of an answer, in bytes
 MAX_HEADERS, MAX_LINE = 100, 65536  # of an answer's head, and of a line in it or its chunks
 _LEFT = getattr(select, "POLLRDHUP", 0)  # Linux; elsewhere a read of zero bytes tells
+Pieces = Sequence[bytes | memoryview]  # of a request's body
 _current = threading.local()  # .flight: whose upstream call this thread makes
 
 
@@ -362,6 +363,13 @@ class Answer:
             self.pool._put_conn(connection)
 
 
+def send_all(sock: socket.socket, pieces: Pieces) -> None:
+    """Send all of it, without putting it together where the system does that."""
+    sent = 0 if isinstance(sock, ssl.SSLSocket) else sock.sendmsg(pieces)
+    if sent < sum(map(len, pieces)):
+        sock.sendall(memoryview(b"".join(pieces))[sent:])
+
+
 class _Noted:
     """Mixed into urllib3's connections: tells the flight which socket it waits on."""
 
@@ -376,7 +384,7 @@ class _Noted:
             flight.attach(self.copy)
         return sock
 
-    def exchange(self, pool: Any, head: bytes, body: bytes) -> Answer:
+    def exchange(self, pool: Any, head: bytes, body: Pieces) -> Answer:
         """Send a request and read the head of its answer, for the flight of this thread."""
         assert self.sock is not None
         self.flight = getattr(_current, "flight", None)
@@ -386,7 +394,7 @@ class _Noted:
         self.sock.settimeout(None)  # the watcher keeps the limits
         # In one packet: the upstream wakes up once. It may have refused already, and closed.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.sock.sendall(head + body)
+            send_all(self.sock, [head, *body])
         answer = Answer(self.sock, pool, self)
         answer.begin()
         return answer
@@ -448,7 +456,7 @@ class _NotedPool:
     scheme: str | None
     proxy_headers: Mapping[str, str]
 
-    def urlopen(self, method: str, url: str, *, body: bytes, headers: Mapping[str, str],
+    def urlopen(self, method: str, url: str, *, body: Pieces, headers: Mapping[str, str],
                 timeout: urllib3.Timeout, **more: Any) -> Answer:  # fmt: skip
         """One exchange; the answer's body is unread. urllib3's exceptions.
 
@@ -596,15 +604,16 @@ class Line:
         if key:
             self.headers["Authorization"] = f"Bearer {key}"
 
-    def send(self, body: bytes, flight: Flight, connect_s: float) -> requests.Response:
+    def send(self, body: Pieces, flight: Flight, connect_s: float) -> requests.Response:
         """One HTTP call on behalf of `flight`; the library's exceptions become a Failure here.
 
         HTTPAdapter.send costs half of Session.post, follows no redirect and knows no cookies. The
         watcher enforces the deadlines, since a read timeout counts from one packet to the next.
         """
         request = requests.PreparedRequest()
-        request.method, request.url, request.body = "POST", self.url, body
-        headers: Any = {**self.headers, "Content-Length": str(len(body))}
+        pieces: Any = body
+        request.method, request.url, request.body = "POST", self.url, pieces
+        headers: Any = {**self.headers, "Content-Length": str(sum(map(len, body)))}
         request.headers = headers
         _current.flight = flight
         with translated(flight):

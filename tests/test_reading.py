@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import router as module
-from chat import fits
+from chat import fits, read_object
 from routes_file import depth_of, scan_object
 
 JSON = st.recursive(
@@ -26,8 +26,11 @@ JSON = st.recursive(
 
 
 def chat_of(text: str) -> module.Chat:
-    _, body, members = module.parse_object(text.encode())
-    return module.Chat(text, body, members)
+    return read_object(text.encode())
+
+
+def body_for(chat: module.Chat, model: str) -> str:
+    return b"".join(chat.for_model(model)).decode()
 
 
 @given(st.dictionaries(st.text(max_size=5), JSON, max_size=5), st.sampled_from([None, 1]))
@@ -51,10 +54,12 @@ def test_scan_object_reads_what_json_reads(value, indent):
         ('{ "model" : "x", "b":{"model":"y"}, "model":"z"}',
          '{ "model" : "m", "b":{"model":"y"}, "model":"m"}'),
         ('{"mod\\u0065l":"x"}', '{"mod\\u0065l":"m"}'),
+        ('{"é":"€","model":"x","😀":"ü"}', '{"é":"€","model":"m","😀":"ü"}'),
+        ('{"€":1}', '{"model": "m", "€":1}'),
     ],
 )  # fmt: skip
 def test_only_the_model_is_replaced(text, wanted):
-    assert chat_of(text).for_model("m").decode() == wanted
+    assert body_for(chat_of(text), "m") == wanted
 
 
 @pytest.mark.parametrize(
@@ -66,7 +71,7 @@ def test_only_the_model_is_replaced(text, wanted):
     ],
 )
 def test_usage_is_asked_for_in_every_stream(options, wanted):
-    body = chat_of('{"model":"a","stream":true' + options + "}").for_model("m").decode()
+    body = body_for(chat_of('{"model":"a","stream":true' + options + "}"), "m")
 
     assert wanted in body
     assert json.loads(body)["stream_options"]["include_usage"] is True

@@ -317,7 +317,7 @@ def url_of(listener: socket.socket, scheme: str = "http") -> str:
 
 def send_in_thread(url: str, flight: Flight, connect_s: float = 10.0) -> Future[Any]:
     pool = ThreadPoolExecutor(1)
-    found = pool.submit(Line(new_session(4), url, {}).send, SMALL, flight, connect_s)
+    found = pool.submit(Line(new_session(4), url, {}).send, [SMALL], flight, connect_s)
     pool.shutdown(wait=False)
     return found
 
@@ -331,8 +331,8 @@ def outcome_of(sent: Future[Any], seconds: float) -> str:
 def test_a_late_shutdown_does_not_fell_the_next_request_on_the_connection(upstream, clock):
     line = Line(new_session(4), upstream.url + "/chat/completions", {})
     before, first, second = upstream.connections, Flight(None, clock), Flight(None, clock)
-    wire.read_whole(line.send(SMALL, first, 2), first)
-    response = line.send(SMALL, second, 2)
+    wire.read_whole(line.send([SMALL], first, 2), first)
+    response = line.send([SMALL], second, 2)
 
     first.end("client_left")
     answer = wire.read_whole(response, second)
@@ -344,14 +344,14 @@ def test_a_late_shutdown_does_not_fell_the_next_request_on_the_connection(upstre
 def test_a_connection_shut_down_while_it_was_read_is_not_used_again(upstream, clock):
     line = Line(new_session(4), upstream.url + "/chat/completions", {})
     first, second = Flight(None, clock), Flight(None, clock)
-    response = line.send(SMALL, first, 2)
+    response = line.send([SMALL], first, 2)
 
     first.end("client_left")
     with pytest.raises(Failure, match="client_left"):
         wire.read_whole(response, first)
     response.close()
 
-    assert b"Hello" in wire.read_whole(line.send(SMALL, second, 2), second)
+    assert b"Hello" in wire.read_whole(line.send([SMALL], second, 2), second)
 
 
 @pytest.mark.parametrize("script", [stream(["a ", "b "]), whole("x"), pieces([*events(["a "])])])
@@ -361,7 +361,7 @@ def test_a_call_read_to_its_end_leaves_its_connection_for_the_next(upstream, clo
     before = upstream.connections
 
     for flight in (Flight(None, clock), Flight(None, clock)):
-        wire.read_whole(line.send(SMALL, flight, 2), flight)
+        wire.read_whole(line.send([SMALL], flight, 2), flight)
 
     assert upstream.connections == before + 1
 
@@ -369,7 +369,7 @@ def test_a_call_read_to_its_end_leaves_its_connection_for_the_next(upstream, clo
 def test_a_silent_answer_ends_with_its_flight_and_the_upstream_sees_it(upstream, clock):
     upstream.default = pieces([chunk({"content": "a"})], after="hang")
     line, flight = Line(new_session(4), upstream.url + "/chat/completions", {}), Flight(None, clock)
-    response = line.send(SMALL, flight, 2)
+    response = line.send([SMALL], flight, 2)
     threading.Timer(0.05, flight.end, ["idle"]).start()
 
     with pytest.raises(Failure, match="idle"):
@@ -548,16 +548,16 @@ def test_a_head_that_is_none_is_refused(data):
 
 def test_head_and_body_leave_in_one_piece(upstream, clock, monkeypatch):
     sent = []
-    sendall = socket.socket.sendall
+    sendmsg = socket.socket.sendmsg
     monkeypatch.setattr(
-        socket.socket, "sendall", lambda sock, data: sent.append(data) or sendall(sock, data)
+        socket.socket, "sendmsg", lambda sock, data: sent.append(data) or sendmsg(sock, data)
     )
     line = Line(new_session(4), upstream.url + "/chat/completions", {})
 
-    with contextlib.closing(line.send(SMALL, Flight(None, clock), 2)) as response:
+    with contextlib.closing(line.send([SMALL], Flight(None, clock), 2)) as response:
         wire.read_whole(response, Flight(None, clock))
 
-    [mine] = [data for data in sent if data.endswith(SMALL)]
+    [mine] = [b"".join(data) for data in sent if data[-1] == SMALL]
     assert mine.startswith(b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:")
 
 
@@ -614,7 +614,7 @@ def test_a_proxy_of_the_environment_is_used(upstream, clock, monkeypatch, tmp_pa
                 {"REQUESTS_CA_BUNDLE": str(tmp_path / "ca.pem")}, key="k")  # fmt: skip
     try:
         for _ in range(2):  # the second over the same connection
-            with contextlib.closing(line.send(SMALL, Flight(None, clock), 5)) as response:
+            with contextlib.closing(line.send([SMALL], Flight(None, clock), 5)) as response:
                 assert b"choices" in wire.read_whole(response, Flight(None, clock))
     finally:
         proxy.close()
@@ -681,7 +681,7 @@ def test_bytes_behind_an_answer_close_its_connection(upstream, clock):
     before = upstream.connections
 
     for flight in (Flight(None, clock), Flight(None, clock)):
-        assert wire.read_whole(line.send(SMALL, flight, 2), flight) == b"{}"
+        assert wire.read_whole(line.send([SMALL], flight, 2), flight) == b"{}"
 
     assert upstream.connections == before + 2
 
@@ -689,5 +689,5 @@ def test_bytes_behind_an_answer_close_its_connection(upstream, clock):
 def test_a_path_beyond_ascii_is_sent_percent_encoded(upstream, clock):
     line = Line(new_session(4), upstream.url + "/é€/v1", {})
 
-    with contextlib.closing(line.send(SMALL, Flight(None, clock), 2)):
+    with contextlib.closing(line.send([SMALL], Flight(None, clock), 2)):
         assert upstream.requests[-1].path.endswith("/%C3%A9%E2%82%AC/v1")

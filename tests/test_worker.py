@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import select
 import socket
@@ -161,3 +162,18 @@ def test_each_reading_of_the_settings_loads_the_worker_anew():
 
     assert first["worker_class"] is not second["worker_class"]
     assert first["worker_class"].__name__ == "Direct"
+
+
+def test_a_body_of_known_length_is_read_in_full_however_it_comes(service, upstream):
+    text = "é" * 100_000
+    body = json.dumps({"model": "router", "messages": [{"role": "user", "content": text}]}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+    head += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with connected(service) as sock:
+        for at in range(0, len(body), 50_000):
+            sock.sendall((head if at == 0 else b"") + body[at : at + 50_000])
+
+        assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+        sock.sendall(HEALTH)  # nothing of the body is left on the connection
+        assert answers(sock, 1).startswith(b"HTTP/1.1 200")
+    assert upstream.requests[-1].body["messages"][0]["content"] == text
