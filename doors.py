@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hmac
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
@@ -15,9 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import flask
+from werkzeug.exceptions import HTTPException
 
+from routes_file import Refused
 from startup import Settings
-from wire import is_address, is_loopback
+from wire import Full, is_address, is_loopback, where_it_broke
+
+log = logging.getLogger("llm_router")
 
 JSON = "application/json"
 CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
@@ -73,6 +78,29 @@ def invalid(detail: list[dict[str, Any]]) -> RouterError:
     where = ".".join(str(part) for part in detail[0]["loc"])
     message = f"{where}: {detail[0]['msg']}"
     return RouterError(422, "invalid_request_error", message, param=where, detail=detail)
+
+
+def translated(e: Exception) -> RouterError:
+    """Whatever was raised, as our error; a bug is a 500 that blames no model and logs no value."""
+    if isinstance(e, RouterError):
+        return e
+    if isinstance(e, Full):
+        return RouterError(
+            503, "too_many_requests", f"{e}; try again", headers={"Retry-After": "1"}
+        )
+    if isinstance(e, Refused):
+        detail = [{"loc": ["body"], "msg": str(e)}] if e.status == 422 else None
+        return RouterError(e.status, e.kind, str(e), detail=detail)
+    if not isinstance(e, HTTPException):
+        log.error("internal_error", {"where": where_it_broke()})
+        return RouterError(500, "internal_error", "the router has a bug; its log says where",
+                           headers={"x-should-retry": "false"})  # fmt: skip
+    known = {404: ("not_found", "there is no such route; GET / lists them"),
+             405: ("method_not_allowed", "this route does not take that method"),
+             413: ("request_too_large", "the body is over ROUTER_MAX_BODY_MB")}  # fmt: skip
+    kind, text = known.get(e.code or 500, ("bad_request", e.name))
+    allow = {key: value for key, value in e.get_headers() if key == "Allow"}
+    return RouterError(e.code or 500, kind, text, headers=allow)
 
 
 _KEY_SHAPES = re.compile(r"(?i)bearer\s+\S+|\b(?:sk|pk|rk|key|gsk|xai)[-_][\w-]{8,}|AIza[\w-]{20,}")

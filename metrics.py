@@ -314,6 +314,21 @@ class Gauges:
         yield info
 
 
+def breaker_figures(
+    circuits: Mapping[str, Mapping[str, Any]], config: Mapping[str, float]
+) -> dict[str, Any]:
+    """The reference's view of `Breakers.snapshot`: strikes, what is not closed, the settings."""
+    told = ("state", "retry_in_sec", "reason", "last_status", "since")
+    return {
+        "failures": {model: c["strikes"] for model, c in circuits.items() if c["strikes"]},
+        "open_circuits": {
+            model: {key: c[key] for key in told}
+            for model, c in circuits.items() if c["state"] != "closed"
+        },
+        "config": {key: config[key] for key in ("failure_threshold", "recovery_timeout_sec")},
+    }  # fmt: skip
+
+
 def as_prometheus(accept: str, *collectors: Any) -> tuple[bytes, str]:
     """The text and its content type, in the format that `accept` asks for."""
     registry = CollectorRegistry(auto_describe=False)

@@ -13,6 +13,7 @@ Who owns which state, each object with one private lock:
     Breakers     one circuit per model
     Classifier   the cache of recent answers of the Ollama model
     Flights      what is in the air: permits, sockets, deadlines           (wire.py)
+    Carrier      the streams that one thread passes on                     (carrier.py)
     Metrics      counters and the ring of recent requests                  (metrics.py)
 
 The files beside this one each do one thing and hold no other's state: chat.py reads a
@@ -25,6 +26,7 @@ Importing this module starts nothing: `create_app` builds the objects.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import logging
 import math
@@ -37,7 +39,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -47,10 +49,12 @@ import flask
 import jsonschema
 import requests
 from gunicorn.http.errors import ParseException
-from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 
+from carrier import Carrier, carried
 from chat import MOST_VALUES, Chat, fits, has_over, parse_object, read_object
-from doors import CHAT_PATHS, RouterError, guard, invalid, read_page, scrub
+from doors import CHAT_PATHS, RouterError, guard, invalid, read_page, scrub, translated
+from events import Event, EventReader, read_batches
 from judge import VERDICTS, check_head, failure_from
 from metrics import (
     Attempt,
@@ -58,6 +62,7 @@ from metrics import (
     Metrics,
     Record,
     as_prometheus,
+    breaker_figures,
     log_rejections,
     log_to_stderr,
 )  # fmt: skip
@@ -77,7 +82,6 @@ from prompts import (
 from routes_file import (
     BUILT_IN,
     Model,
-    Refused,
     Store,
     Table,
     Upstream,
@@ -88,16 +92,14 @@ from startup import VERSION, Settings, SettingsError, main
 from wire import (
     MAX_ANSWER,
     MAX_ERROR,
-    Event,
+    Answer,
     Failure,
     Flight,
     Flights,
-    Full,
     Line,
     Pieces,
     new_session,
     parse_loosely,
-    read_batches,
     read_chunks,
     read_whole,
     where_it_broke,
@@ -785,6 +787,8 @@ class Call(Record):
     retried: bool = False
     ticket: Ticket | None = None
     relay: Relay | None = None
+    carrier: Carrier | None = None  # where a stream may be passed on past the server's thread
+    chunked: bool = True  # how its client is answered then
     skipped: list[str] = field(default_factory=list)  # models passed over for their circuit
 
     def headers(self) -> dict[str, str]:
@@ -825,8 +829,11 @@ class Relay:
         self._call = call
         self._flight = call.flight
         self._idle_s = idle_s
-        self._batches = read_batches(read_chunks(response, call.flight))
+        self._idle_at = self._paused_at = 0.0
+        self._reader = EventReader()
+        self._batches = read_batches(read_chunks(response, call.flight), self._reader)
         self._left: list[Event] = []  # of the batch in which the answer began
+        self._broke: Failure | None = None  # what an event said, when it came through the carrier
         self._arguments: dict[tuple[str, str], str] = {}  # of tool calls, in whole-answer mode
 
     def prepare(self) -> None:
@@ -945,24 +952,11 @@ class Relay:
         """The answer's bytes. After the commit a failure is told in the stream, never hidden."""
         try:
             yield self._to_client(b"".join(self.held))
-            left_s = self._idle_s
-            while not self.done:
-                began = self._flight.clock()
-                self._flight.limit("idle", began + left_s)
-                batch = self._left or next(self._batches, [])
-                self._left = []
-                if not batch:
-                    break
-                # An upstream that only says it is alive has stalled: a comment wins it no time.
-                left_s -= self._flight.clock() - began
-                if any(event.kind != "comment" for event in batch):
-                    left_s = self._idle_s
-                out, failure = self._take_all(batch)
-                if out:
-                    yield self._to_client(out)
-                if failure:
-                    raise failure
-            failure = Failure("cut", status=200)
+            if self._left:
+                yield self._to_client(self._take_all(self._left))
+            if not self.done and not self._broke:
+                yield from self._go_on()
+            failure = self._broke or Failure("cut", status=200)
         except Failure as e:
             failure = e
         except Exception:  # noqa: BLE001  a bug of ours; the client must learn that this is no end
@@ -970,8 +964,61 @@ class Relay:
             failure = Failure("internal_error")
         yield from self._end(failure)
 
-    def _take_all(self, batch: Sequence[Event]) -> tuple[bytes, Failure | None]:
-        """What to pass on of events that came together, and the Failure that one of them is."""
+    def _go_on(self) -> Iterator[bytes]:
+        """What comes after the commit; where it can, the carrier passes it on past this thread."""
+        self._more_came(None)
+        answer, client, call = self._response.raw, self._flight.client, self._call
+        if call.carrier and isinstance(answer, Answer) and not answer.is_whole:
+            take = partial(self._receive, answer)
+            stream = carried(answer.sock, client, take, self._wait_for, call.chunked)
+            if stream:
+                call.carrier.carry(stream)
+                return
+        for batch in self._batches:
+            self._more_came(batch)
+            out = self._take_all(batch)
+            self._wait_for("client")
+            if out:
+                yield out
+            self._wait_for("upstream")
+            if self.done or self._broke:
+                return
+
+    def _receive(self, answer: Answer, data: bytes) -> tuple[bytes, bool]:
+        """For the carrier: what to send when `data` has come, and whether that is the last."""
+        try:
+            body = answer.take(data)
+        except (http.client.HTTPException, ValueError) as e:
+            raise Failure(self._flight.why or "cut", status=200) from e
+        if self._reader.is_more(body) and not answer.is_whole:
+            self._more_came(None)
+            return body, False
+        if self._flight.why or not (data or answer.is_whole):
+            raise Failure(self._flight.why or "cut", status=200)
+        batch = self._reader.feed(body) if body else []
+        if answer.is_whole:
+            batch += self._reader.end()
+        self._more_came(batch)
+        return self._take_all(batch), self.done or answer.is_whole or self._broke is not None
+
+    def _more_came(self, batch: Sequence[Event] | None) -> None:
+        """The next event may take `idle` again; a comment, which only says alive, wins no time."""
+        if batch is None or any([event.kind != "comment" for event in batch]):
+            self._idle_at = self._flight.clock() + self._idle_s
+            self._flight.limit("idle", self._idle_at)
+
+    def _wait_for(self, whom: str) -> None:
+        """While the client reads the upstream is not idle; a client that stops reading has left."""
+        now = self._flight.clock()
+        if whom == "client":
+            self._paused_at = now
+            self._to_client(b"")
+        else:
+            self._idle_at += now - self._paused_at
+            self._flight.limit("idle", self._idle_at)
+
+    def _take_all(self, batch: Sequence[Event]) -> bytes:
+        """What to pass on of events that came together, up to a Failure that one of them is."""
         out = []
         try:
             for event in batch:
@@ -979,11 +1026,11 @@ class Relay:
                 if self.done:
                     break
         except Failure as e:
-            return b"".join(out), e
-        return b"".join(out), None
+            self._broke = e
+        return b"".join(out)
 
     def _to_client(self, out: bytes) -> bytes:
-        """While the client reads, the upstream is not idle; one that stops reading has left."""
+        """`out`, with the limit for a client that does not take it."""
         self._flight.limit("client_left", self._flight.clock() + self._call.table.timeouts["total"])
         return out
 
@@ -1021,6 +1068,7 @@ class Router:
         self.store = Store(settings.routes, clock)
         self.breakers = Breakers(clock)
         self.flights = Flights(settings.threads, clock)
+        self.carrier = Carrier()
         self.upstreams = Upstreams(settings, session)
         self.metrics = Metrics(clock)
         self.classifier = Classifier(self.upstreams.classify, clock)
@@ -1306,6 +1354,9 @@ def chat() -> flask.Response:
     decision = owner.choose(call, read_chat(read_body(request)))
     asked_for = request.environ.get("HTTP_X_ROUTER_STREAM", "").lower()
     call.whole = call.whole or asked_for == "whole"
+    protocol = request.environ.get("SERVER_PROTOCOL")
+    call.chunked = protocol == "HTTP/1.1"
+    call.carrier = owner.carrier if protocol in ("HTTP/1.0", "HTTP/1.1") else None
     return answer(owner, call, owner.walk(call, decision))
 
 
@@ -1437,20 +1488,11 @@ def metrics() -> dict[str, Any] | flask.Response:
         gauges = Gauges(states, len(router().flights), VERSION)
         text, content_type = as_prometheus(accept, router().metrics, gauges)
         return flask.Response(text, content_type=content_type)
-    open_ones = {model: dict(c) for model, c in circuits.items() if c["state"] != "closed"}
-    for circuit in open_ones.values():
-        del circuit["strikes"]
     return {
         **router().metrics.as_json(table),
         **(router().cluster.figures() if router().cluster else {}),
         "in_flight": len(router().flights),
-        "circuit_breaker": {
-            "failures": {model: c["strikes"] for model, c in circuits.items() if c["strikes"]},
-            "open_circuits": open_ones,
-            "config": {
-                key: table.breaker[key] for key in ("failure_threshold", "recovery_timeout_sec")
-            },
-        },
+        "circuit_breaker": breaker_figures(circuits, table.breaker),
         "recent_requests": router().metrics.recent(),
     }
 
@@ -1593,29 +1635,6 @@ def add_headers(response: flask.Response) -> flask.Response:
     if router().settings.demo:
         response.headers["X-Router-Demo"] = "1"
     return response
-
-
-def translated(e: Exception) -> RouterError:
-    """Whatever was raised, as our error; a bug is a 500 that blames no model and logs no value."""
-    if isinstance(e, RouterError):
-        return e
-    if isinstance(e, Full):
-        return RouterError(
-            503, "too_many_requests", f"{e}; try again", headers={"Retry-After": "1"}
-        )
-    if isinstance(e, Refused):
-        detail = [{"loc": ["body"], "msg": str(e)}] if e.status == 422 else None
-        return RouterError(e.status, e.kind, str(e), detail=detail)
-    if not isinstance(e, HTTPException):
-        log.error("internal_error", {"where": where_it_broke()})
-        return RouterError(500, "internal_error", "the router has a bug; its log says where",
-                           headers={"x-should-retry": "false"})  # fmt: skip
-    known = {404: ("not_found", "there is no such route; GET / lists them"),
-             405: ("method_not_allowed", "this route does not take that method"),
-             413: ("request_too_large", "the body is over ROUTER_MAX_BODY_MB")}  # fmt: skip
-    kind, text = known.get(e.code or 500, ("bad_request", e.name))
-    allow = {key: value for key, value in e.get_headers() if key == "Allow"}
-    return RouterError(e.code or 500, kind, text, headers=allow)
 
 
 def error_response(e: RouterError, rejections: logging.Logger) -> flask.Response:

@@ -1,4 +1,4 @@
-"""The wire: HTTP calls to upstreams that can be hung up at any moment, and server-sent events.
+"""The wire: HTTP calls to upstreams that can be hung up at any moment.
 
 A WSGI thread learns that its client left only at its next write, and `requests` counts a read
 timeout from one packet to the next. So every call belongs to a `Flight`, which knows the client's
@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 import requests
@@ -42,7 +42,6 @@ log = logging.getLogger("llm_router")
 TICK_S = 0.25  # how often the watcher looks at clients and deadlines
 RESERVE = 8  # threads kept free of chats, so that /health and the admin routes always answer
 MAX_ANSWER = 32 << 20  # bytes of one whole answer, or of one held stream
-MAX_EVENT = 8 << 20  # bytes of one server-sent event
 MAX_ERROR = 64 << 10  # bytes read of an error page
 READ_SIZE = 65536
 MAX_HEAD = 65536  # of an answer, in bytes
@@ -299,22 +298,37 @@ class Answer:
 
     def read1(self, n: int = READ_SIZE) -> bytes:
         """What has come of the body, waiting for some; b'' at its end."""
-        out = self.take(b"")
+        out = self._unframed(b"")
         while not out and not self.is_whole:
             data = self.sock.recv(n)
             if not data:
-                self.ended = self.length is None and not self.chunked
                 self.close()
-                if self.chunked:
-                    raise http.client.IncompleteRead(b"")
-                break
             out = self.take(data)
+            if not data:
+                break
         if not out and self.is_whole:
             self.close()  # its connection can serve the next request already
         return out
 
     def take(self, data: bytes) -> bytes:
-        """The body's bytes in `data`, which was received; ValueError when no chunk begins there."""
+        """The body's bytes in `data`, just received; b"" there says that the upstream closed.
+
+        Then a body without length or chunks is whole; IncompleteRead when there are chunks.
+        ValueError when no chunk begins where one has to.
+        """
+        if not data:
+            if self.chunked:
+                raise http.client.IncompleteRead(b"")
+            self.ended = self.length is None
+            return b""
+        if self.chunked and not self._rest and not self._chunk_left:
+            at = data.find(b"\r\n") + 2
+            size = len(data) - at - 2
+            if size > 0 and data[: at - 2] == b"%x" % size and data[-2:] == b"\r\n":
+                return data[at:-2]  # one chunk in one piece: nearly always so in a stream
+        return self._unframed(data)
+
+    def _unframed(self, data: bytes) -> bytes:
         data, self._rest = self._rest + data, b""
         if self.chunked:
             return self._unchunked(data)
@@ -693,62 +707,6 @@ def retry_after_of(value: str | None) -> float | None:
         except (TypeError, ValueError, OverflowError):
             return None
     return None if math.isnan(seconds) else min(max(0.0, seconds), 1e10)
-
-
-class Event(NamedTuple):
-    """One server-sent event: its bytes, and what it holds: comment, done, data or malformed."""
-
-    raw: bytes
-    kind: str
-    data: dict[str, Any]
-
-
-_EVENT_END = re.compile(rb"\r?\n\r?\n|\r\r")
-
-
-def read_events(chunks: Iterable[bytes]) -> Iterator[Event]:
-    """The events of `read_batches`, one by one."""
-    return (event for batch in read_batches(chunks) for event in batch)
-
-
-def read_batches(chunks: Iterable[bytes]) -> Iterator[list[Event]]:
-    """Complete events, as soon as they are complete; a tail without its blank line counts.
-
-    What came together stays together, so that it can be passed on together.
-    """
-    buffer = bytearray()  # appending to bytes would copy a trickled event again and again
-    for chunk in chunks:
-        end = chunk.find(b"\n\n")
-        if not buffer and 0 <= end == len(chunk) - 2 and b"\r" not in chunk:
-            yield [parse_event(chunk)]  # one event in one piece: nearly always so, and quick
-            continue
-        at, seen = 0, max(0, len(buffer) - 3)
-        buffer += chunk
-        batch = []
-        for end in [match.end() for match in _EVENT_END.finditer(buffer, seen)]:
-            batch.append(parse_event(bytes(buffer[at:end])))
-            at = end
-        if batch:
-            yield batch
-        del buffer[:at]
-        if len(buffer) > MAX_EVENT:
-            raise Failure("not_an_answer", f"an event over {MAX_EVENT} bytes")
-    if buffer.strip():
-        yield [parse_event(bytes(buffer).rstrip(b"\r\n") + b"\n\n")]
-
-
-def parse_event(raw: bytes) -> Event:
-    """One event; several `data:` lines are joined as the standard says."""
-    lines = [line[5:].strip() for line in raw.splitlines() if line.startswith(b"data:")]
-    if not lines:
-        fields = (b":", b"event:", b"id:", b"retry:")
-        is_comment = raw.strip().startswith(fields) or not raw.strip()
-        return Event(raw, "comment" if is_comment else "malformed", {})
-    payload = b"\n".join(lines)
-    if payload == b"[DONE]":
-        return Event(raw, "done", {})
-    data = parse_loosely(payload)
-    return Event(raw, "data", data) if isinstance(data, dict) else Event(raw, "malformed", {})
 
 
 @lru_cache(maxsize=256)

@@ -20,7 +20,8 @@ from upstream import DONE, Upstream, chunk, events, hang, pieces, raw, stream, w
 from werkzeug.test import EnvironBuilder
 
 import wire
-from wire import Failure, Flight, Flights, Full, Line, new_session, parse_event, read_events
+from events import EventReader, parse_event, read_batches, read_events
+from wire import Failure, Flight, Flights, Full, Line, new_session
 
 SMALL = b'{"model": "acme/one", "messages": []}'
 
@@ -120,7 +121,7 @@ def test_what_is_no_object_is_malformed_and_no_error(raw):
 
 
 def test_an_event_beyond_all_measure_is_refused_before_it_is_complete(monkeypatch):
-    monkeypatch.setattr(wire, "MAX_EVENT", 1000)
+    monkeypatch.setattr("events.MAX_EVENT", 1000)
     endless = iter([b"data: " + b"x" * 600, b"x" * 600, b"never asked for"])
 
     with pytest.raises(Failure) as caught:
@@ -131,7 +132,7 @@ def test_an_event_beyond_all_measure_is_refused_before_it_is_complete(monkeypatc
 
 
 def test_many_small_events_may_be_larger_together_than_one_may_be(monkeypatch):
-    monkeypatch.setattr(wire, "MAX_EVENT", 1000)
+    monkeypatch.setattr("events.MAX_EVENT", 1000)
 
     assert len(list(read_events([b'data: {"n": 1}\n\n' * 500]))) == 500
 
@@ -667,7 +668,7 @@ def test_a_chunked_body_that_breaks_off_or_lies_is_cut(body):
 def test_events_that_came_together_are_told_together():
     sent = b'data: {"n": 1}\n\n' * 3
 
-    batches = list(wire.read_batches([sent, sent[:20], sent[20:]]))
+    batches = list(read_batches([sent, sent[:20], sent[20:]], EventReader()))
 
     assert [len(batch) for batch in batches] == [3, 1, 2]
 
