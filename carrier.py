@@ -135,20 +135,26 @@ class Carrier:
                     self._step(stream)
 
     def _step(self, stream: Carried) -> None:
-        """Move one stream on by one read or one write."""
+        """Move one stream on; whatever goes wrong ends this one and no other."""
         try:
-            ended = stream.write() if stream.unsent else stream.read()
-            while stream.is_tls and not ended and stream.has_more():
-                ended = stream.read()
-        except Exception as e:  # noqa: BLE001  whatever it is ends this stream, and no other
+            ended = self._move(stream)
+        except Exception as e:  # noqa: BLE001  the thread of the stream tells what it was
             stream.error, ended = e, True
         if ended:
-            self._forget(stream)
+            with contextlib.suppress(OSError, ValueError):  # watched no more already
+                self._forget(stream)
             stream.over.set()
-        elif bool(stream.unsent) != stream.waits_for_client:
+
+    def _move(self, stream: Carried) -> bool:
+        """One read or one write, and whom it waits for then; True when the stream has ended."""
+        ended = stream.write() if stream.unsent else stream.read()
+        while stream.is_tls and not ended and stream.has_more():
+            ended = stream.read()
+        if not ended and bool(stream.unsent) != stream.waits_for_client:
             self._forget(stream)
             stream.turn()
             self._watch(stream)
+        return ended
 
 
 @contextlib.contextmanager

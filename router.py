@@ -19,7 +19,8 @@ Who owns which state, each object with one private lock:
 The files beside this one each do one thing and hold no other's state: chat.py reads a
 request's JSON, prompts.py finds the words a person said, judge.py is the table of what counts as a
 failure, doors.py says who may come in, startup.py holds the settings and the command line,
-cluster.py lets several instances share circuits and routes, and is loaded only for that.
+carrier.py passes streams on, events.py takes them apart, worker.py gives gunicorn's threads their
+requests, cluster.py lets several instances share circuits and routes, and is loaded only for that.
 Importing this module starts nothing: `create_app` builds the objects.
 """
 

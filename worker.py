@@ -133,6 +133,10 @@ class Threaded(gthread.ThreadWorker):
             return True
         return bool(conn.parser.finish_body(deadline=time.monotonic() + DRAIN_S))
 
+    def _keepalive_after(self, conn: Any, keepalive: bool) -> bool:
+        """gunicorn would read the rest of the body here; `handle_request` has."""
+        return keepalive
+
     def handle_error(self, req: Any, client: Any, addr: Any, exc: Exception) -> None:
         """Let gunicorn word the refusal, then send it as JSON instead of HTML.
 
