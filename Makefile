@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 FLOORS := .venv-floors
-CORE_TESTS := test_api.py test_metrics.py
+CORE_TESTS := test_api.py test_metrics.py test_worker.py
 # Once `make lock` has pinned every package by its hash, nothing else is installed.
 PINNED := $(wildcard requirements.lock)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -953,7 +953,7 @@ class Relay:
         """The answer's bytes. After the commit a failure is told in the stream, never hidden."""
         try:
             yield self._to_client(b"".join(self.held))
-            if self._left:
+            if self._left and not self.done:
                 yield self._to_client(self._take_all(self._left))
             if not self.done and not self._broke:
                 yield from self._go_on()
