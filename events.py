@@ -71,8 +71,8 @@ class EventReader:
 
     def _event(self, raw: bytes) -> Event:
         event = parse_event(raw)
-        if event.kind == "data":
-            self._like = shape_of(raw)
+        if event.kind == "data":  # one without choices may not be passed on at all
+            self._like = shape_of(raw) if event.data.get("choices") else None
         return event
 
 

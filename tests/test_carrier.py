@@ -190,6 +190,14 @@ def test_an_event_behind_half_of_another_is_not_like_the_last():
     assert not reader.is_more(EVENT % b"more")
 
 
+def test_an_event_without_choices_is_no_model_for_the_next():
+    usage = b'data: {"choices":[],"usage":{"content":"%b"}}\n\n'
+    reader = EventReader()
+    reader.feed(usage % b"words")
+
+    assert not reader.is_more(usage % b"more")
+
+
 @pytest.mark.parametrize("raw", [b"data: {}\n\n", EVENT % b"", EVENT % rb"\n", b'"content":"'])
 def test_an_event_without_plain_words_has_no_shape(raw):
     assert shape_of(raw) is None

@@ -553,3 +553,14 @@ def test_an_endless_line_without_an_event_is_bounded(service, upstream):
 
     assert words_of(answer.content) == "small"
     assert last_attempts(service) == [("acme/one", "not_an_answer"), ("acme/two", "success")]
+
+
+@pytest.mark.parametrize("headers", [{}, {"X-Router-Stream": "whole"}])
+def test_nothing_behind_the_end_of_a_stream_is_passed_on(service, upstream, headers):
+    parts = [BEGIN, WORD, chunk({}, "stop"), DONE, chunk({"content": "behind"})]
+    upstream.default = pieces([b"".join(parts)])
+
+    answer = service.chat(stream=True, headers=headers).content
+
+    assert words_of(answer) == "word "
+    assert answer.endswith(DONE)
