@@ -13,16 +13,19 @@ import contextlib
 import io
 import json
 import logging
+import os
+import re
 import select
 import socket
 import ssl
 import threading
 import time
 import types
+from functools import lru_cache
 from typing import Any
 
 from gunicorn import util
-from gunicorn.http import body, wsgi
+from gunicorn.http import RequestParser, body, wsgi
 from gunicorn.workers import gthread
 
 log = logging.getLogger("llm_router")
@@ -56,10 +59,146 @@ class Body(body.Body):
         return b"".join(pieces)
 
 
+# An ordinary head. Reading any other, and refusing it, is left to gunicorn.
+ORDINARY = re.compile(
+    rb"(GET|POST|DELETE) (/|/[a-z][\w./~-]*) HTTP/1\.1\r\n"
+    rb"((?:[A-Za-z0-9-]{1,64}:[\t\x20-\x7e\x80-\xff]*\r\n)*)\r\n",
+    re.ASCII,
+)
+MAX_ORDINARY = 4094  # bytes of such a head; no line in it can pass gunicorn's limits
+TO_GUNICORN = {"TRANSFER_ENCODING", "EXPECT", "UPGRADE", "HTTP2_SETTINGS"}
+
+
+@lru_cache(maxsize=256)
+def key_of(name: str) -> str:
+    """Where WSGI keeps a header; "" for one that only gunicorn may read."""
+    name = name.upper().replace("-", "_")
+    if name in TO_GUNICORN:
+        return ""
+    return name if name in ("CONTENT_LENGTH", "CONTENT_TYPE") else f"HTTP_{name}"
+
+
+def base_environ(cfg: Any) -> dict[str, Any]:
+    """What is the same for all ordinary requests."""
+    return {
+        **wsgi.base_environ(cfg),
+        "wsgi.multithread": True,
+        "wsgi.url_scheme": "http",
+        "SERVER_PROTOCOL": "HTTP/1.1",
+        "SCRIPT_NAME": "",
+        "QUERY_STRING": "",
+    }
+
+
+class Ordinary:
+    """A request with an ordinary head, and what gunicorn asks of a request."""
+
+    version = (1, 1)
+
+    def __init__(self, environ: dict[str, Any], length: int, closes: bool):
+        self.environ = environ
+        self.length = length
+        self.method: str = environ["REQUEST_METHOD"]
+        self.uri: str = environ["PATH_INFO"]
+        self._closes = closes
+        self.body: Body
+
+    def should_close(self) -> bool:
+        """True when the client takes no other answer on this connection."""
+        return self._closes
+
+
+def read_ordinary(data: bytes, end: int, base: dict[str, Any], most: int) -> Ordinary | None:
+    """The request whose head is `data` up to `end`; None when it is not ordinary.
+
+    What is read is a part of what gunicorn reads, and it is read in the same way: no header twice,
+    at most `most` of them, and a length that is nothing but digits.
+    """
+    head = ORDINARY.fullmatch(data, 0, end)
+    if not head:
+        return None
+    environ = base.copy()
+    environ["REQUEST_METHOD"] = head[1].decode()
+    environ["PATH_INFO"] = environ["RAW_URI"] = head[2].decode()
+    lines = head[3].decode("latin-1").split("\r\n")[:-1]
+    for line in lines:
+        name, _, value = line.partition(":")
+        key = key_of(name)
+        if not key or key in environ:
+            return None
+        environ[key] = value.strip(" \t")
+    length = environ.get("CONTENT_LENGTH", "0")
+    connection = environ.get("HTTP_CONNECTION", "keep-alive").lower()
+    if not re.fullmatch("[0-9]{1,18}", length) or connection not in ("keep-alive", "close"):
+        return None
+    return Ordinary(environ, int(length), connection == "close") if len(lines) <= most else None
+
+
+class Parser(RequestParser):
+    """The requests of a connection: ordinary ones in a third of the time, all others gunicorn's."""
+
+    def __init__(self, cfg: Any, conn: Any, base: dict[str, Any]):
+        super().__init__(cfg, conn.sock, conn.client)
+        self._sock = conn.sock
+        self._base = base | {
+            "gunicorn.socket": conn.sock,
+            "REMOTE_ADDR": conn.client[0],
+            "REMOTE_PORT": str(conn.client[1]),
+            "SERVER_NAME": conn.server[0],
+            "SERVER_PORT": str(conn.server[1]),
+        }
+
+    def __next__(self) -> Any:
+        """The next request; StopIteration when the client has closed the connection."""
+        held = self.unreader.buf.getvalue()
+        data = held or self.unreader.chunk()
+        end = data.find(b"\r\n\r\n", 0, MAX_ORDINARY) + 4
+        request = read_ordinary(data, end, self._base, self.cfg.limit_request_fields)
+        if held:
+            self.unreader.buf = io.BytesIO()
+        if request is None:
+            self.unreader.unread(data)
+            return super().__next__()
+        self.unreader.unread(data[end:])
+        request.body = Body(body.LengthReader(self.unreader, request.length), self._sock)
+        request.environ["wsgi.input"] = request.body
+        self.mesg = request
+        return request
+
+
+@lru_cache(maxsize=256)
+def is_end_to_end(name: str) -> bool:
+    """True for a well-formed header that says nothing about the connection."""
+    well_formed = re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII)
+    return bool(well_formed) and not util.is_hoppish(name) and name.lower() != "content-length"
+
+
+@lru_cache(maxsize=1)
+def date_of(second: int) -> str:
+    """The value of a Date header."""
+    return str(util.http_date(second))
+
+
+NO_VALUE = re.compile(r"[^\t\x20-\x7e\x80-\xff]")
+
+
 class Response(wsgi.Response):
     """gunicorn's response, its head in one packet with what follows: the client wakes up once."""
 
+    headers: list[tuple[str, str]]
     headers_sent: bool
+
+    def process_headers(self, headers: list[tuple[str, str]]) -> None:
+        """Take the headers; gunicorn looks at each of them when one is not as usual."""
+        for name, value in headers:
+            if name == "Content-Length" and value.isdecimal():
+                self.response_length = int(value)
+            elif not is_end_to_end(name):
+                return super().process_headers(headers)
+        if NO_VALUE.search("".join([value for _, value in headers])):
+            return super().process_headers(headers)
+        self.headers = headers
+        return None
 
     def send_headers(self) -> None:
         """Nothing yet: `write` and `close` take the head along."""
@@ -83,8 +222,16 @@ class Response(wsgi.Response):
         if self.headers_sent:
             return b""
         self.headers_sent = True
-        lines = [*self.default_headers(), *[f"{name}: {value}\r\n" for name, value in self.headers]]
-        return "".join([*lines, "\r\n"]).encode("latin-1")
+        major, minor = self.req.version
+        lines = [
+            f"HTTP/{major}.{minor} {self.status}",
+            f"Server: {self.version}",
+            f"Date: {date_of(int(time.time()))}",
+            f"Connection: {'close' if self.should_close() else 'keep-alive'}",
+            *(["Transfer-Encoding: chunked"] if self.chunked else ()),
+            *[f"{name}: {value}" for name, value in self.headers],
+        ]
+        return "\r\n".join([*lines, "\r\n"]).encode("latin-1")
 
 
 class Threaded(gthread.ThreadWorker):
@@ -108,9 +255,12 @@ class Threaded(gthread.ThreadWorker):
 
         gunicorn's hooks for each request and its access log are left out: the router has its own.
         """
-        _, environ = wsgi.create(req, conn.sock, conn.client, conn.server, self.cfg)
-        environ["wsgi.multithread"] = True
-        environ["wsgi.input"] = Body(req.body.reader, conn.sock)
+        if isinstance(req, Ordinary):
+            environ = req.environ
+        else:
+            _, environ = wsgi.create(req, conn.sock, conn.client, conn.server, self.cfg)
+            environ["wsgi.multithread"] = True
+            environ["wsgi.input"] = Body(req.body.reader, conn.sock)
         response = Response(req, conn.sock, self.cfg)
         if not self.alive or not self.cfg.keepalive or self.is_crowded():
             response.force_close()
@@ -162,6 +312,7 @@ class Direct(Threaded):
         """Make what the threads share."""
         self.ready = select.epoll()  # wakes one thread for each connection that can be read
         self.idle: dict[int, Any] = {}  # by descriptor, those that wait for their next request
+        self.base = base_environ(self.cfg)
         super().init_process()
 
     def run(self) -> None:
@@ -174,8 +325,16 @@ class Direct(Threaded):
         """A connection was accepted: wait for its first request, holding no thread."""
         conn.data_ready = True
         conn.sock.setblocking(True)
+        if self.is_ordinary(conn):
+            conn.parser = Parser(self.cfg, conn, self.base)
         self.park(conn)
         self.ready.register(conn.sock, self.READABLE)
+
+    def is_ordinary(self, conn: Any) -> bool:
+        """True when nothing that was set changes how a request is read."""
+        changed = os.environ.get("SCRIPT_NAME") or self.cfg.secure_scheme_headers
+        changed = changed or self.cfg.is_ssl or self.cfg.proxy_protocol not in ("off", False)
+        return not changed and isinstance(conn.client, tuple) and isinstance(conn.server, tuple)
 
     def park(self, conn: Any) -> None:
         """The connection is nobody's until it can be read."""

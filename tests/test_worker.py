@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import runpy
 import select
 import socket
 import time
 from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 from conftest import ROOT, Service, small_routes
+from gunicorn.config import Config
+from gunicorn.http import RequestParser, wsgi
+from gunicorn.http.errors import InvalidResponseHeader, InvalidResponseHeaderName, ParseException
+from hypothesis import given, settings
 
 import worker
 
@@ -118,11 +125,15 @@ def test_a_request_on_an_idle_connection_of_a_stopping_worker_is_its_last(tmp_pa
     assert service.stop() == 0
 
 
+ADDRESSES = ("127.0.0.1", 1), ("127.0.0.1", 2)  # of a client and of its server
+
+
 class Idle:
     """A connection as gunicorn keeps it, with what the worker uses of it."""
 
     def __init__(self, sock: socket.socket | None, timeout: float):
         self.sock, self.timeout, self.closed = sock, timeout, False
+        self.client, self.server = ADDRESSES
 
     def close(self) -> None:
         self.closed = True
@@ -177,3 +188,165 @@ def test_a_body_of_known_length_is_read_in_full_however_it_comes(service, upstre
         sock.sendall(HEALTH)  # nothing of the body is left on the connection
         assert answers(sock, 1).startswith(b"HTTP/1.1 200")
     assert upstream.requests[-1].body["messages"][0]["content"] == text
+
+
+# --- ordinary heads: read as gunicorn reads them, and nothing else is ----------------------------
+
+CHAT = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:3456\r\nUser-Agent: a/1 (b; c)\r\n"
+    b"Accept: */*\r\nConnection: keep-alive\r\nauthorization: Bearer k\r\nX-Odd:\t v\xe9 \t\r\n"
+    b"Content-Type: application/json\r\nContent-Length: 12\r\n\r\n"
+)
+ORDINARY = [
+    CHAT,
+    HEALTH,
+    HEALTH.replace(b"/health", b"/"),
+    HEALTH.replace(b"GET", b"DELETE").replace(b"/health", b"/config/category/a-b_c.~"),
+    HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: Close\r\n\r\n"),
+    HEALTH.replace(b"\r\n\r\n", b"\r\nX-Empty:\r\n\r\n"),
+    b"GET /health HTTP/1.1\r\n\r\n",
+]
+FOR_GUNICORN = {
+    "another version": HEALTH.replace(b"1.1", b"1.0"),
+    "another method": HEALTH.replace(b"GET", b"OPTIONS"),
+    "a query": HEALTH.replace(b"/health", b"/metrics?format=prometheus"),
+    "an escape": HEALTH.replace(b"/health", b"/config/category/a%20b"),
+    "a host in the target": HEALTH.replace(b"/health", b"http://elsewhere/health"),
+    "two slashes": HEALTH.replace(b"/health", b"//elsewhere/health"),
+    "a header twice": HEALTH.replace(b"\r\n\r\n", b"\r\nHost: elsewhere\r\n\r\n"),
+    "a header in two spellings": HEALTH.replace(b"\r\n\r\n", b"\r\nX-A: 1\r\nx-a: 2\r\n\r\n"),
+    "an underscore": HEALTH.replace(b"\r\n\r\n", b"\r\nX_A: 1\r\n\r\n"),
+    "chunks": CHAT.replace(b"Content-Length: 12", b"Transfer-Encoding: chunked"),
+    "chunks and a length": CHAT.replace(b"\r\n\r\n", b"\r\nTransfer-Encoding: chunked\r\n\r\n"),
+    "two lengths": CHAT.replace(b"\r\n\r\n", b"\r\nContent-Length: 12\r\n\r\n"),
+    "a signed length": CHAT.replace(b": 12", b": +12"),
+    "a length of two": CHAT.replace(b": 12", b": 12, 12"),
+    "digits of another script": CHAT.replace(b": 12", b": \xb2"),
+    "an empty length": CHAT.replace(b": 12", b":"),
+    "an expectation": CHAT.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n"),
+    "an upgrade": HEALTH.replace(b"\r\n\r\n", b"\r\nUpgrade: h2c\r\n\r\n"),
+    "a list of connections": HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close, te\r\n\r\n"),
+    "a folded line": HEALTH.replace(b"\r\n\r\n", b"\r\nX-A: 1\r\n 2\r\n\r\n"),
+    "a blank before the colon": HEALTH.replace(b"Host:", b"Host :"),
+    "a bare line feed": HEALTH.replace(b"\r\n\r\n", b"\nX-A: 1\r\n\r\n"),
+    "a control character": HEALTH.replace(b"localhost", b"local\x00host"),
+    "half a head": HEALTH[:-2],
+    "a long head": HEALTH.replace(b"localhost", b"l" * worker.MAX_ORDINARY),
+    "nothing": b"",
+}
+
+
+BASE = worker.base_environ(Config())
+
+
+def parsers(data: bytes) -> tuple[Any, Any]:
+    """(what reads a request from `data` as the worker does, the same as gunicorn does)."""
+    cfg = Config()
+    found = []
+    for make in (
+        lambda sock: worker.Parser(cfg, Idle(sock, 0), BASE),
+        lambda sock: RequestParser(cfg, sock, ("127.0.0.1", 1)),
+    ):
+        here, there = socket.socketpair()
+        there.sendall(data)
+        there.close()
+        found.append(make(here))
+    return found[0], found[1]
+
+
+def read_as_gunicorn(data: bytes) -> None:
+    """Assert that a head is left to gunicorn, or read as gunicorn reads it."""
+    ours, theirs = parsers(data)
+    with contextlib.closing(ours.unreader.sock), contextlib.closing(theirs.unreader.sock):
+        try:
+            request = next(ours)
+        except (ParseException, OSError, StopIteration):  # gunicorn refused it
+            return
+        if isinstance(request, worker.Ordinary):
+            same = next(theirs)
+            _, environ = wsgi.create(same, theirs.unreader.sock, *ADDRESSES, Config())
+            said = {key: value for key, value in request.environ.items() if key.isupper()}
+            assert said == {key: value for key, value in environ.items() if key.isupper()}
+            assert request.body.read() == same.body.read()
+            assert ours.unreader.buf.getvalue() == theirs.unreader.buf.getvalue()
+            assert request.should_close() == same.should_close()
+
+
+@pytest.mark.parametrize("head", ORDINARY)
+def test_an_ordinary_head_is_read_as_gunicorn_reads_it(head):
+    ours, theirs = parsers(head + b'{"a": "bcd"}')
+    assert isinstance(next(ours), worker.Ordinary)
+    [parser.unreader.sock.close() for parser in (ours, theirs)]
+
+    read_as_gunicorn(head + b'{"a": "bcd"}' + HEALTH)
+
+
+@pytest.mark.parametrize("why", FOR_GUNICORN)
+def test_any_other_head_is_left_to_gunicorn(why):
+    data = FOR_GUNICORN[why]
+
+    assert worker.read_ordinary(data, data.find(b"\r\n\r\n", 0, 4094) + 4, BASE, 100) is None
+
+
+def test_more_headers_than_gunicorn_takes_are_gunicorns_to_refuse():
+    head = HEALTH.replace(
+        b"\r\n\r\n", b"".join(b"\r\nX-%d: 1" % n for n in range(100)) + b"\r\n\r\n"
+    )
+
+    assert worker.read_ordinary(head, len(head), BASE, 100) is None
+    assert worker.read_ordinary(head, len(head), BASE, 101)
+
+
+@given(
+    head=st.sampled_from([*ORDINARY, *FOR_GUNICORN.values()]),
+    at=st.integers(0, 300),
+    cut=st.integers(0, 3),
+    put=st.sampled_from(
+        [bytes([n]) for n in range(256)] + [b"\r\n", b": ", b"\r\nX: y", b"0", b"%"]
+    ),
+)
+@settings(max_examples=500, deadline=None)
+def test_whatever_a_head_holds_it_is_read_as_gunicorn_reads_it(head, at, cut, put):
+    at = min(at, len(head))
+
+    read_as_gunicorn(head[:at] + put + head[at + cut :] + b'{"a": "bcd"}')
+
+
+# --- answers -------------------------------------------------------------------------------------
+
+
+def started(headers: list[tuple[str, str]]) -> worker.Response:
+    response = worker.Response(worker.Ordinary(dict(REQUEST_METHOD="GET", PATH_INFO="/"), 0, False),
+                               None, Config())  # fmt: skip
+    response.start_response("200 OK", headers)
+    return response
+
+
+def test_an_answers_head_says_what_gunicorns_would():
+    response = started(
+        [("Content-Length", "2"), ("X-A", "b"), ("Connection", "x"), ("Upgrade", "y")]
+    )
+    theirs = [line for line in wsgi.Response.default_headers(response) if "Date: " not in line]
+
+    lines = [f"{line}\r\n" for line in response.head().decode().split("\r\n")[:-2]]
+
+    date = next(line for line in lines if line.startswith("Date: "))
+    assert abs(parsedate_to_datetime(date[6:]).timestamp() - time.time()) < 60
+    assert lines == [*theirs[:2], date, *theirs[2:], "Content-Length: 2\r\n", "X-A: b\r\n"]
+    assert response.response_length == 2
+
+
+def test_an_answer_without_a_length_comes_in_chunks():
+    assert b"\r\nTransfer-Encoding: chunked\r\n" in started([]).head()
+
+
+@pytest.mark.parametrize("name", ["X\r\nA", "", "X A", "X:", "É"])
+def test_no_header_with_a_broken_name_is_sent(name):
+    with pytest.raises(InvalidResponseHeaderName):
+        started([(name, "b")])
+
+
+@pytest.mark.parametrize("value", ["a\r\nX: b", "a\0", "a\n", "€", "\x7f"])
+def test_no_header_with_a_broken_value_is_sent(value):
+    with pytest.raises(InvalidResponseHeader):
+        started([("X-A", "b"), ("X-B", value)])
