@@ -10,7 +10,7 @@ import base64
 import hmac
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,49 @@ FORWARDED = (
     "Via",
 )
 OUR_NAMES = ("localhost", "host.docker.internal")  # the second is how a container calls its host
+
+
+class App(flask.Flask):
+    """Flask, with what differs from its defaults, and a short way for chat requests.
+
+    Matching the path, a session and signals, none of which a chat needs, cost as much as choosing.
+    """
+
+    serve_chat: Callable[[], flask.Response]  # within the context of its request
+
+    def __init__(self, max_body_mb: int, page: Path):
+        super().__init__("llm-router", static_folder=None)
+        most = (max_body_mb << 20) + 1
+        self.config.update(MAX_CONTENT_LENGTH=most, PROVIDE_AUTOMATIC_OPTIONS=False)
+        self.json.sort_keys = False  # type: ignore[attr-defined]
+        self.url_map.merge_slashes = False  # it would answer // with a redirect
+        self.extensions["page"] = read_page(page)
+
+    def create_url_adapter(self, request: flask.Request | None) -> Any:
+        """What matches the path of a request; None for a chat, whose path has matched."""
+        if request is not None and is_chat(request.environ):
+            return None
+        return super().create_url_adapter(request)
+
+    def wsgi_app(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        """Answer one request."""
+        if not is_chat(environ):
+            return super().wsgi_app(environ, start_response)
+        with self.request_context(environ):
+            return self.serve_chat()(environ, start_response)
+
+
+def is_chat(environ: Mapping[str, Any]) -> bool:
+    """True for a chat request."""
+    return environ["PATH_INFO"] in CHAT_PATHS and environ["REQUEST_METHOD"] == "POST"
+
+
+class Answered(flask.Response):
+    """A chat's answer. Its headers are complete: werkzeug would copy and look through them."""
+
+    def get_wsgi_headers(self, environ: Any) -> Any:
+        """The headers as they are."""
+        return self.headers
 
 
 def read_page(path: Path) -> tuple[bytes, str]:

@@ -54,7 +54,7 @@ from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 
 from carrier import Carrier, carried
 from chat import MOST_VALUES, Chat, fits, has_over, parse_object, read_object
-from doors import CHAT_PATHS, RouterError, guard, invalid, read_page, scrub, translated
+from doors import CHAT_PATHS, Answered, App, RouterError, guard, invalid, scrub, translated
 from events import Event, EventReader, read_batches
 from judge import VERDICTS, check_head, failure_from
 from metrics import (
@@ -1361,14 +1361,6 @@ def chat() -> flask.Response:
     return answer(owner, call, owner.walk(call, decision))
 
 
-class Answered(flask.Response):
-    """A chat's answer. Its headers are complete: werkzeug would copy and look through them."""
-
-    def get_wsgi_headers(self, environ: Any) -> Any:
-        """The headers as they are."""
-        return self.headers
-
-
 def answer(owner: Router, call: Call, relay: Relay) -> flask.Response:
     """The relay as a response; its close hook ends the call, whatever became of it."""
     headers = dict(ALWAYS)  # all at once below: setting them singly compares each to each
@@ -1578,32 +1570,33 @@ def create_app(settings: Settings | None = None, *, session: requests.Session | 
         import demo  # only here: a router with a key never loads it
 
         session.mount("demo://", demo.DemoAdapter())
-    app = plain_app(settings.max_body_mb)
+    app = App(settings.max_body_mb, HERE / "dashboard.html")
     owner = app.extensions["router"] = Router(settings, session, clock)
     if settings.redis_url:
         import cluster  # only here: one instance alone runs no line of it
 
         owner.cluster = cluster.join(owner)
     app.extensions["schemas"] = request_schemas()
-    app.extensions["page"] = read_page(HERE / "dashboard.html")
     rejections = log_rejections(settings.validation_log)
     app.register_blueprint(routes)
     app.before_request(lambda: guard(current_request(), settings))
     app.after_request(add_headers)
     app.register_error_handler(Exception, lambda e: error_response(translated(e), rejections))
+    app.serve_chat = partial(serve_chat, settings, rejections)
     log.info("start", {"version": VERSION, "routes": str(settings.routes), "demo": settings.demo})
     if owner.store.table.mode != "keywords":
         threading.Thread(target=warm_up, args=(owner,), name="warm-up", daemon=True).start()
     return app
 
 
-def plain_app(max_body_mb: int) -> flask.Flask:
-    """Flask with what differs from its defaults."""
-    app = flask.Flask("llm-router", static_folder=None)
-    app.config.update(MAX_CONTENT_LENGTH=(max_body_mb << 20) + 1, PROVIDE_AUTOMATIC_OPTIONS=False)
-    app.json.sort_keys = False  # type: ignore[attr-defined]
-    app.url_map.merge_slashes = False  # it would answer // with a redirect
-    return app
+def serve_chat(settings: Settings, rejections: logging.Logger) -> flask.Response:
+    """A chat request by the short way of `App`; the same as what Flask does for the others."""
+    try:
+        guard(current_request(), settings)
+        response = chat()
+    except Exception as e:  # noqa: BLE001  a bug of ours becomes a 500 that says so
+        response = error_response(translated(e), rejections)
+    return add_headers(response)
 
 
 def warm_up(owner: Router) -> None:
