@@ -26,33 +26,55 @@ READ, WRITE = getattr(select, "EPOLLIN", 0), getattr(select, "EPOLLOUT", 0)
 class Carried:
     """One stream: what comes from `source` goes through `take` and on to `sink`.
 
-    `take` gets what was received, b"" at the end of it, and says what to send and whether that was
-    the last; what it raises ends the stream. `wait_for` is told whom the stream waits for when that
-    changes: "client" when it does not take what was sent, else "upstream".
+    `same` gets what was received, and says what to send when that is all there is to do: nearly
+    always so. Otherwise it says b"" and `take` gets it, b"" at the end of it, and says what to send
+    and whether that was the last; what it raises ends the stream. `wait_for` is told whom the
+    stream waits for when that changes: "client" when it does not take what was sent, else
+    "upstream".
     """
 
     def __init__(
         self,
         source: socket.socket,
         sink: socket.socket,
+        same: Callable[[bytes], bytes],
         take: Callable[[bytes], tuple[bytes, bool]],
         wait_for: Callable[[str], None],
         chunked: bool,
     ):
         self.source, self.sink = source, sink
-        self._take, self._wait_for, self._chunked = take, wait_for, chunked
+        self._same, self._take, self._wait_for, self._chunked = same, take, wait_for, chunked
         self.is_tls = isinstance(source, ssl.SSLSocket)
         self._flags = 0 if self.is_tls else socket.MSG_DONTWAIT
         self._last = False
+        self._came: bytes | None = None  # received by `hand_on`, which left it to `read`
         self.unsent = b""  # nothing is read before this is sent
         self.waits_for_client = False
         self.error: Exception | None = None
         self.over = threading.Event()
 
-    def read(self) -> bool:
-        """Pass on what has come; True when that was the end of the stream."""
+    def hand_on(self) -> bool:
+        """Pass on what has come if that is quickly done; False when `read` or `write` has to."""
+        if self.unsent or self._came is not None:
+            return False
         try:
             data = self.source.recv(READ_SIZE, self._flags)
+            self.unsent = self._same(data)
+            if not self.unsent:
+                self._came = data
+                return False
+            sent = self.sink.send(self.unsent, socket.MSG_DONTWAIT)
+        except OSError:  # which one, `read` or `write` finds when it tries again
+            return False
+        self.unsent = self.unsent[sent:]
+        return not (self.unsent or self.has_more())
+
+    def read(self) -> bool:
+        """Pass on what has come; True when that was the end of the stream."""
+        data, self._came = self._came, None
+        try:
+            if data is None:
+                data = self.source.recv(READ_SIZE, self._flags)
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return False
         except OSError:  # how it broke is in the flight; the taker looks there
@@ -131,7 +153,7 @@ class Carrier:
         while True:
             for descriptor, _ in self._epoll.poll():
                 stream = self._by_descriptor.get(descriptor)
-                if stream is not None:
+                if stream is not None and not stream.hand_on():
                     self._step(stream)
 
     def _step(self, stream: Carried) -> None:

@@ -66,8 +66,7 @@ class EventReader:
         before, behind = self._like
         if not (chunk.startswith(before) and chunk.endswith(behind)):
             return False
-        words = chunk[len(before) : -len(behind)]
-        return bool(words) and not words.translate(None, PLAIN)
+        return are_words(chunk[len(before) : -len(behind)])
 
     def _event(self, raw: bytes) -> Event:
         event = parse_event(raw)
@@ -76,17 +75,27 @@ class EventReader:
         return event
 
 
-# What may stand in a JSON string as it is, of ASCII.
+# What may stand in a JSON string: of ASCII as it is, and anything.
 PLAIN = bytes(n for n in range(32, 127) if n not in b'"\\')
+_IN_STRING = re.compile(rb'(?:[^\x00-\x1f"\\]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})+')
+
+
+def are_words(text: bytes) -> bool:
+    """True when `text` between quotes is a JSON string that is not empty."""
+    if not text.translate(None, PLAIN):
+        return bool(text)
+    with contextlib.suppress(UnicodeDecodeError):
+        return _IN_STRING.fullmatch(text) is not None and bool(text.decode())
+    return False
 
 
 def shape_of(raw: bytes) -> tuple[bytes, bytes] | None:
     """What stands before and behind the words that an event adds to an answer."""
     for key in (b'"content":"', b'"reasoning":"'):
         start = raw.find(key) + len(key)
-        end = raw.find(b'"', start)
-        if len(key) <= start < end and not raw[start:end].translate(None, PLAIN):
-            return raw[:start], raw[end:]
+        end = _IN_STRING.match(raw, start)
+        if start >= len(key) and end and raw[end.end() : end.end() + 1] == b'"':
+            return raw[:start], raw[end.end() :]
     return None
 
 

@@ -970,8 +970,8 @@ class Relay:
         self._more_came(None)
         answer, client, call = self._response.raw, self._flight.client, self._call
         if call.carrier and isinstance(answer, Answer) and not answer.is_whole:
-            take = partial(self._receive, answer)
-            stream = carried(answer.sock, client, take, self._wait_for, call.chunked)
+            same, take = partial(self._same, answer), partial(self._receive, answer)
+            stream = carried(answer.sock, client, same, take, self._wait_for, call.chunked)
             if stream:
                 call.carrier.carry(stream)
                 return
@@ -985,15 +985,20 @@ class Relay:
             if self.done or self._broke:
                 return
 
+    def _same(self, answer: Answer, data: bytes) -> bytes:
+        """For the carrier: what to send when `data` only adds words, like the event before it."""
+        event = answer.one_chunk(data)
+        if not event or answer.ended or not self._reader.is_more(event):
+            return b""
+        self._more_came(None)
+        return data if self._call.chunked else event
+
     def _receive(self, answer: Answer, data: bytes) -> tuple[bytes, bool]:
         """For the carrier: what to send when `data` has come, and whether that is the last."""
         try:
             body = answer.take(data)
         except (http.client.HTTPException, ValueError) as e:
             raise Failure(self._flight.why or "cut", status=200) from e
-        if self._reader.is_more(body) and not answer.is_whole:
-            self._more_came(None)
-            return body, False
         if self._flight.why or not (data or answer.is_whole):
             raise Failure(self._flight.why or "cut", status=200)
         batch = self._reader.feed(body) if body else []

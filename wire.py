@@ -321,12 +321,16 @@ class Answer:
                 raise http.client.IncompleteRead(b"")
             self.ended = self.length is None
             return b""
+        return self.one_chunk(data) or self._unframed(data)
+
+    def one_chunk(self, data: bytes) -> bytes:
+        """The bytes in `data` when it is one whole chunk, as it nearly always is; else b""."""
         if self.chunked and not self._rest and not self._chunk_left:
             at = data.find(b"\r\n") + 2
             size = len(data) - at - 2
             if size > 0 and data[: at - 2] == b"%x" % size and data[-2:] == b"\r\n":
-                return data[at:-2]  # one chunk in one piece: nearly always so in a stream
-        return self._unframed(data)
+                return data[at:-2]
+        return b""
 
     def _unframed(self, data: bytes) -> bytes:
         data, self._rest = self._rest + data, b""

@@ -27,8 +27,9 @@ class Ends:
         self.client.settimeout(5)
         self.waits: list[str] = []
 
-    def carry(self, carrier: Carrier, take: Callable[[bytes], Any], chunked: bool = False) -> Any:
-        stream = Carried(self.source, self.sink, take, self.waits.append, chunked)
+    def carry(self, carrier: Carrier, take: Callable[[bytes], Any], chunked: bool = False,
+              same: Callable[[bytes], bytes] = lambda data: b"") -> Any:  # fmt: skip
+        stream = Carried(self.source, self.sink, same, take, self.waits.append, chunked)
         pool = ThreadPoolExecutor(1)
         found: Future[None] = pool.submit(carrier.carry, stream)
         pool.shutdown(wait=False)
@@ -147,11 +148,60 @@ def test_a_bug_in_one_stream_ends_no_other(carrier, ends):
 
 
 def test_nothing_is_carried_but_from_one_plain_socket_to_another(ends):
-    take: Any = until_dot
+    rest: Any = (lambda data: b"", until_dot, ends.waits.append, True)
 
-    assert carried(ends.source, ends.sink, take, ends.waits.append, True) is not None
-    assert carried(ends.source, None, take, ends.waits.append, True) is None
-    assert carried(object(), ends.sink, take, ends.waits.append, True) is None
+    assert carried(ends.source, ends.sink, *rest) is not None
+    assert carried(ends.source, None, *rest) is None
+    assert carried(object(), ends.sink, *rest) is None
+
+
+def same_word(data: bytes) -> bytes:
+    return data * 2 if set(data) == {ord("a")} else b""
+
+
+def test_what_is_said_to_be_the_same_goes_on_as_told_and_the_rest_is_taken(carrier, ends):
+    done = ends.carry(carrier, until_dot, chunked=True, same=same_word)
+
+    for said, sent in [(b"a", b"aa"), (b"bc", b"2\r\nbc\r\n"), (b"aaa", b"aaaaaa")]:
+        ends.upstream.sendall(said)
+        assert ends.client.recv(100) == sent
+    ends.upstream.sendall(b"d.")
+
+    assert done.result(5) is None
+
+
+def test_a_client_that_is_slow_with_more_of_the_same_gets_all_of_it(carrier, ends):
+    done = ends.carry(carrier, until_dot, same=lambda data: b"" if b"." in data else data)
+    sender = threading.Thread(target=ends.upstream.sendall, args=(PIECE * 20 + b".",))
+    sender.start()
+    wait_until(lambda: "client" in ends.waits)
+
+    got = read(ends.client, len(PIECE) * 20 + 1)
+
+    sender.join(5)
+    assert done.result(5) is None
+    assert got == PIECE * 20 + b"."
+
+
+def test_a_client_that_left_ends_a_stream_of_the_same(carrier, ends):
+    done = ends.carry(carrier, until_dot, same=same_word)
+    ends.client.close()
+
+    ends.upstream.sendall(b"a")
+
+    with pytest.raises(Failure, match="client_left"):
+        done.result(5)
+
+
+def test_an_upstream_that_breaks_off_between_the_same_is_told(carrier, ends):
+    done = ends.carry(carrier, until_dot, same=same_word)
+    ends.upstream.sendall(b"aa")
+    assert ends.client.recv(100) == b"aaaa"
+
+    ends.upstream.close()
+
+    with pytest.raises(Failure, match="cut"):
+        done.result(5)
 
 
 # --- events like the one before ------------------------------------------------------------------
@@ -164,10 +214,14 @@ EVENT = b'data: {"choices":[{"delta":{"content":"%b"},"finish_reason":null}],"n"
     [
         (EVENT % b"other words", True),
         (EVENT % b"", False),  # an empty one says nothing, which counts
-        (EVENT % rb"a \" quote", False),
+        (EVENT % rb"a \" quote, a line\n and \u00e9", True),
+        (EVENT % rb"\u00e", False),
+        (EVENT % rb"\x", False),
+        (EVENT % b"half an escape\\", False),
         (EVENT % b'","x":"', False),
         (EVENT % b"\x07", False),  # no JSON
-        (EVENT % "é".encode(), False),
+        (EVENT % "é€".encode(), True),
+        (EVENT % "é".encode()[:1], False),
         (EVENT.replace(b"null", b'"stop"') % b"end", False),
         (EVENT.replace(b'"n":1', b'"error":{}') % b"oops", False),
         (EVENT % b"two" + EVENT % b"events", False),
@@ -198,6 +252,6 @@ def test_an_event_without_choices_is_no_model_for_the_next():
     assert not reader.is_more(usage % b"more")
 
 
-@pytest.mark.parametrize("raw", [b"data: {}\n\n", EVENT % b"", EVENT % rb"\n", b'"content":"'])
+@pytest.mark.parametrize("raw", [b"data: {}\n\n", EVENT % b"", EVENT % rb"\x", b'"content":"'])
 def test_an_event_without_plain_words_has_no_shape(raw):
     assert shape_of(raw) is None
