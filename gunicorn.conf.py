@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import importlib.util
 import logging
 import os
@@ -121,6 +122,11 @@ def post_fork(server, worker):
         port = server.cfg.address[0][1]
         with contextlib.suppress(OSError):
             os.sched_setaffinity(0, {cpus[port % len(cpus)]})
+
+
+def post_worker_init(worker):
+    """Keep what the start made out of garbage collections: each stopped all streams for 40 ms."""
+    gc.freeze()
 
 
 def worker_exit(server, worker):

@@ -32,7 +32,7 @@ log = logging.getLogger("llm_router")
 
 LINGER_S = 2.0  # a worker that leaves keeps idle connections so long: a request may be on its way
 DRAIN_S = 0.5  # for the rest of a body that was refused unread, and for a goodbye; threads are few
-LOOK_S = 0.25  # how often a worker that leaves looks whether it may
+LOOK_S = 0.25  # how often the main thread looks for idle connections, and whether it may leave
 
 
 class Body(body.Body):
@@ -308,10 +308,15 @@ class Direct(Threaded):
 
     READABLE = getattr(select, "EPOLLIN", 0) | getattr(select, "EPOLLONESHOT", 0)
 
+    def __init__(self, *args: Any):
+        self.open: set[Any] = set()  # the connections
+        super().__init__(*args)
+
     def init_process(self) -> None:
         """Make what the threads share."""
         self.ready = select.epoll()  # wakes one thread for each connection that can be read
         self.idle: dict[int, Any] = {}  # by descriptor, those that wait for their next request
+        self.look_at = 0.0  # when the main thread next looks for those that are idle for too long
         self.base = base_environ(self.cfg)
         super().init_process()
 
@@ -323,6 +328,7 @@ class Direct(Threaded):
 
     def enqueue_req(self, conn: Any) -> None:
         """A connection was accepted: wait for its first request, holding no thread."""
+        self.open.add(conn)
         conn.data_ready = True
         conn.sock.setblocking(True)
         if self.is_ordinary(conn):
@@ -363,11 +369,22 @@ class Direct(Threaded):
                     self.ready.modify(conn.sock, self.READABLE)
             else:
                 util.close_graceful(conn.sock, timeout=DRAIN_S)
-                self.method_queue.defer(self.count_out)
+                self.forget(conn)
 
-    def count_out(self) -> None:
-        """A connection was closed. In the main thread, which alone counts them."""
-        self.nr_conns -= 1
+    def forget(self, conn: Any) -> None:
+        """A connection was closed; the main thread has to know when it waits for that."""
+        self.open.discard(conn)
+        if not self._accepting:
+            self.method_queue.defer(lambda: None)
+
+    @property
+    def nr_conns(self) -> int:
+        """How many connections there are."""
+        return len(self.open)
+
+    @nr_conns.setter
+    def nr_conns(self, _: int) -> None:
+        """gunicorn counts up in `accept`; here that is `enqueue_req`."""
 
     def is_crowded(self) -> bool:
         """True when there is no room for one more idle connection."""
@@ -376,12 +393,15 @@ class Direct(Threaded):
     def murder_keepalived(self, force: bool = False) -> None:
         """Close what has been idle for too long, and soon all that is idle when told to leave."""
         now = time.monotonic()
+        if now < self.look_at and not force:
+            return
+        self.look_at = now + LOOK_S
         for descriptor, conn in list(self.idle.items()):
             if not self.alive:
                 conn.timeout = min(conn.timeout, now + LINGER_S)
             if (force or conn.timeout <= now) and self.idle.pop(descriptor, None):
                 conn.close()
-                self.count_out()
+                self.forget(conn)
 
     def wait_for_and_dispatch_events(self, timeout: float) -> None:
         """The main thread's wait: it has to look again soon when it is to leave."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import runpy
 import select
@@ -142,7 +143,8 @@ class Idle:
 @pytest.fixture
 def direct() -> Iterator[Any]:
     found: Any = worker.Direct.__new__(worker.Direct)
-    found.idle, found.alive, found.nr_conns = {}, True, 0
+    found.idle, found.alive, found.look_at = {}, True, 0.0
+    found.open, found._accepting = set(), True
     found.ready = select.epoll()
     yield found
     found.ready.close()
@@ -150,7 +152,7 @@ def direct() -> Iterator[Any]:
 
 def test_only_connections_past_their_time_are_closed(direct):
     old, new = Idle(None, time.monotonic() - 1), Idle(None, time.monotonic() + 60)
-    direct.idle, direct.nr_conns = {1: old, 2: new}, 2
+    direct.idle, direct.open = {1: old, 2: new}, {old, new}
 
     direct.murder_keepalived()
 
@@ -158,9 +160,52 @@ def test_only_connections_past_their_time_are_closed(direct):
     assert (list(direct.idle), direct.nr_conns) == ([2], 1)
 
 
+def test_idle_connections_are_looked_at_a_few_times_a_second_however_often_it_wakes(direct):
+    direct.murder_keepalived()
+    old = Idle(None, time.monotonic() - 1)
+    direct.idle, direct.open = {1: old}, {old}
+
+    direct.murder_keepalived()
+    assert not old.closed
+
+    direct.look_at = 0.0
+    direct.murder_keepalived()
+    assert old.closed
+
+
+def test_past_the_most_connections_new_ones_wait_for_the_end_of_others(tmp_path, upstream):
+    more = {"GUNICORN_CMD_ARGS": "--worker-connections 20"}
+    service = Service(tmp_path, small_routes(upstream.url), ROUTER_THREADS="9", **more)
+    first = [connected(service) for _ in range(25)]
+    try:
+        late = connected(service)
+        late.sendall(HEALTH)
+        late.settimeout(0.7)
+        with pytest.raises(TimeoutError):
+            late.recv(1)
+        [sock.close() for sock in first]
+
+        late.settimeout(5)
+        assert answers(late, 1).startswith(b"HTTP/1.1 200")
+        late.close()
+    finally:
+        service.stop()
+
+
+def test_a_start_frees_what_it_has_made_from_garbage_collections():
+    conf = runpy.run_path(str(ROOT / "gunicorn.conf.py"))
+    before = gc.get_freeze_count()
+
+    conf["post_worker_init"](None)
+
+    frozen = gc.get_freeze_count()
+    gc.unfreeze()
+    assert frozen > before
+
+
 def test_a_worker_that_leaves_gives_idle_connections_two_seconds(direct):
     conn = Idle(None, time.monotonic() + 60)
-    direct.idle, direct.alive, direct.nr_conns = {1: conn}, False, 1
+    direct.idle, direct.alive, direct.open = {1: conn}, False, {conn}
 
     direct.murder_keepalived()
 
