@@ -19,8 +19,8 @@ install: $(VENV)/.installed  ## make the virtual environment with what the servi
 run: $(VENV)/.installed  ## serve on 127.0.0.1:3456; without a key it answers with demo texts
 	@$(BIN)/python router.py serve --or-demo
 
-test: $(VENV)/.installed-tests  ## run all tests, with real servers on this machine only
-	@$(BIN)/python -m pytest
+test: $(VENV)/.installed-tests  ## run all tests, with real servers on this machine only; 5 min
+	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
 floors: $(VENV)/.installed-tests  ## run the core tests with the oldest versions that are allowed
 	@test -x $(FLOORS)/bin/pytest || { $(PYTHON) -m venv $(FLOORS) && sed 's/>=/==/; s/,.*//' requirements.txt | \
