@@ -18,9 +18,10 @@ from typing import Any
 import flask
 from werkzeug.exceptions import HTTPException
 
+from addresses import is_address, is_loopback
 from routes_file import Refused
 from startup import Settings
-from wire import Full, is_address, is_loopback, where_it_broke
+from wire import Full, where_it_broke
 
 log = logging.getLogger("llm_router")
 

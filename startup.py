@@ -12,10 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
-import requests
-
+from addresses import is_loopback
 from routes_file import RoutesError, Store, Table, Upstream, load_table, read_file, routes_schema
-from wire import is_loopback
 
 VERSION = "0.4.0"
 HERE = Path(__file__).resolve().parent
@@ -225,14 +223,8 @@ def run_route(text: str, as_json: bool) -> int:
     settings = Settings.from_env(os.environ)
     headers = {"Authorization": f"Bearer {settings.api_key or settings.admin_token}"}
     try:
-        session = requests.Session()
-        session.trust_env = False  # no proxy gets to see the key
-        if session.get(f"{settings.url}/health", timeout=5).json()["service"] != "llm-router":
-            raise ValueError("a stranger on our port")  # who does not get it either
-        body = {"text": text}
-        reply = session.post(f"{settings.url}/route", json=body, headers=headers, timeout=10)
-        status, found = reply.status_code, reply.json()
-    except (requests.RequestException, ValueError, KeyError, TypeError):
+        status, found = ask_service(settings.url, text, headers)
+    except (OSError, ValueError, KeyError, TypeError):  # it does not run, or is a stranger
         from router import create_app  # late: router imports this module
 
         alone = replace(settings, redis_url="")
@@ -249,6 +241,18 @@ def run_route(text: str, as_json: bool) -> int:
     else:
         sys.stdout.write(route_text(found))
     return 0 if status == 200 else 1
+
+
+def ask_service(url: str, text: str, headers: Mapping[str, str]) -> tuple[int, Any]:
+    """Status and body of the running service's dry run; an error when there is no such service."""
+    import requests  # only here: the check at each start would need a third of its time for it
+
+    session = requests.Session()
+    session.trust_env = False  # no proxy gets to see the key
+    if session.get(f"{url}/health", timeout=5).json()["service"] != "llm-router":
+        raise ValueError("a stranger on our port")  # who does not get it either
+    reply = session.post(f"{url}/route", json={"text": text}, headers=headers, timeout=10)
+    return reply.status_code, reply.json()
 
 
 def route_text(found: Mapping[str, Any]) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import ipaddress
 import json
 import logging
 import math
@@ -27,7 +26,6 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -36,6 +34,8 @@ import requests
 import urllib3
 import urllib3.connection
 from requests.adapters import HTTPAdapter
+
+from addresses import is_loopback
 
 log = logging.getLogger("llm_router")
 
@@ -711,23 +711,6 @@ def retry_after_of(value: str | None) -> float | None:
         except (TypeError, ValueError, OverflowError):
             return None
     return None if math.isnan(seconds) else min(max(0.0, seconds), 1e10)
-
-
-@lru_cache(maxsize=256)
-def is_address(host: str) -> bool:
-    """True for an IP address."""
-    try:
-        return bool(ipaddress.ip_address(host))
-    except ValueError:
-        return False
-
-
-def is_loopback(host: str) -> bool:
-    """True when only this machine can reach `host`."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def where_it_broke() -> str:
