@@ -316,6 +316,7 @@ class Direct(Threaded):
         """Make what the threads share."""
         self.ready = select.epoll()  # wakes one thread for each connection that can be read
         self.idle: dict[int, Any] = {}  # by descriptor, those that wait for their next request
+        self.is_untidy = True  # something was done since memory was given back
         self.look_at = 0.0  # when the main thread next looks for those that are idle for too long
         self.base = base_environ(self.cfg)
         super().init_process()
@@ -357,7 +358,7 @@ class Direct(Threaded):
 
     def serve_one(self, conn: Any) -> None:
         """Serve what a client has sent; its next request may have come along."""
-        keep = False
+        keep, self.is_untidy = False, True
         try:
             keep = self.handle(conn)
             while keep and conn.parser.unreader.buf.getvalue():
@@ -396,6 +397,9 @@ class Direct(Threaded):
         if now < self.look_at and not force:
             return
         self.look_at = now + LOOK_S
+        if self.is_untidy and len(self.idle) == len(self.open):
+            self.is_untidy = False
+            give_back_memory()
         for descriptor, conn in list(self.idle.items()):
             if not self.alive:
                 conn.timeout = min(conn.timeout, now + LINGER_S)
@@ -406,6 +410,17 @@ class Direct(Threaded):
     def wait_for_and_dispatch_events(self, timeout: float) -> None:
         """The main thread's wait: it has to look again soon when it is to leave."""
         super().wait_for_and_dispatch_events(timeout if self.alive else min(timeout, LOOK_S))
+
+
+def give_back_memory() -> None:
+    """Have the C library give back what is free: by itself it does so only at the end of a heap.
+
+    Takes up to 3 ms, without the interpreter's lock.
+    """
+    with contextlib.suppress(Exception):  # not glibc; systemd's MemoryDenyWriteExecute
+        import ctypes
+
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 Worker = Direct if hasattr(select, "epoll") else Threaded

@@ -144,7 +144,7 @@ class Idle:
 def direct() -> Iterator[Any]:
     found: Any = worker.Direct.__new__(worker.Direct)
     found.idle, found.alive, found.look_at = {}, True, 0.0
-    found.open, found._accepting = set(), True
+    found.open, found._accepting, found.is_untidy = set(), True, False
     found.ready = select.epoll()
     yield found
     found.ready.close()
@@ -171,6 +171,26 @@ def test_idle_connections_are_looked_at_a_few_times_a_second_however_often_it_wa
     direct.look_at = 0.0
     direct.murder_keepalived()
     assert old.closed
+
+
+def test_once_all_is_idle_memory_is_given_back(direct, monkeypatch):
+    given: list[bool] = []
+    monkeypatch.setattr(worker, "give_back_memory", lambda: given.append(True))
+    conn = Idle(None, time.monotonic() + 60)
+    direct.open, direct.is_untidy = {conn}, True  # it is being served
+
+    direct.murder_keepalived()
+    assert not given
+
+    direct.idle, direct.look_at = {1: conn}, 0.0
+    for _ in range(2):
+        direct.murder_keepalived()
+        direct.look_at = 0.0
+    assert given == [True]
+
+
+def test_giving_memory_back_is_possible_anywhere():
+    worker.give_back_memory()
 
 
 def test_past_the_most_connections_new_ones_wait_for_the_end_of_others(tmp_path, upstream):
