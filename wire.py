@@ -204,10 +204,12 @@ def clients_that_left(air: Iterable[Flight]) -> set[Flight]:
     by_fd: dict[int, Flight] = {}
     poll = select.poll()
     for flight in air:
-        with contextlib.suppress(AttributeError, OSError, ValueError):  # no socket, or closed
+        try:
             fd = flight.client.fileno()  # type: ignore[union-attr]
             poll.register(fd, _LEFT or select.POLLIN)
-            by_fd[fd] = flight
+        except (AttributeError, OSError, ValueError):  # no socket, or closed
+            continue
+        by_fd[fd] = flight
     gone = {by_fd[fd] for fd, _ in poll.poll(0)}
     return gone if _LEFT else {flight for flight in gone if flight.client_left()}
 

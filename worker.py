@@ -10,6 +10,7 @@ each reload; it knows nothing of the router.
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -413,10 +414,11 @@ class Direct(Threaded):
 
 
 def give_back_memory() -> None:
-    """Have the C library give back what is free: by itself it does so only at the end of a heap.
+    """Collect garbage, and have the C library give back what is free, not only at a heap's end.
 
-    Takes up to 3 ms, without the interpreter's lock.
+    Takes 5 ms, most of it without the interpreter's lock.
     """
+    gc.collect()
     with contextlib.suppress(Exception):  # not glibc; systemd's MemoryDenyWriteExecute
         import ctypes
 

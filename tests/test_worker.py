@@ -9,6 +9,7 @@ import runpy
 import select
 import socket
 import time
+import weakref
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -189,8 +190,17 @@ def test_once_all_is_idle_memory_is_given_back(direct, monkeypatch):
     assert given == [True]
 
 
-def test_giving_memory_back_is_possible_anywhere():
+def test_memory_is_given_back_with_all_that_only_knows_itself():
+    class Circle:
+        pass
+
+    circle: Any = Circle()
+    circle.itself, gone = circle, weakref.ref(circle)
+    del circle
+
     worker.give_back_memory()
+
+    assert gone() is None
 
 
 def test_past_the_most_connections_new_ones_wait_for_the_end_of_others(tmp_path, upstream):
@@ -214,13 +224,15 @@ def test_past_the_most_connections_new_ones_wait_for_the_end_of_others(tmp_path,
 
 def test_a_start_frees_what_it_has_made_from_garbage_collections():
     conf = runpy.run_path(str(ROOT / "gunicorn.conf.py"))
-    before = gc.get_freeze_count()
+    before, thresholds = gc.get_freeze_count(), gc.get_threshold()
 
     conf["post_worker_init"](None)
 
-    frozen = gc.get_freeze_count()
+    frozen, seldom = gc.get_freeze_count(), gc.get_threshold()
     gc.unfreeze()
+    gc.set_threshold(*thresholds)
     assert frozen > before
+    assert seldom > thresholds
 
 
 def test_a_worker_that_leaves_gives_idle_connections_two_seconds(direct):
