@@ -10,7 +10,7 @@ import base64
 import hmac
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class App(flask.Flask):
     Matching the path, a session and signals, none of which a chat needs, cost as much as choosing.
     """
 
-    serve_chat: Callable[[], flask.Response]  # within the context of its request
+    serve_chat: Callable[[], flask.Response | Answered]  # within the context of its request
 
     def __init__(self, max_body_mb: int, page: Path):
         super().__init__("llm-router", static_folder=None)
@@ -73,12 +73,27 @@ def is_chat(environ: Mapping[str, Any]) -> bool:
     return environ["PATH_INFO"] in CHAT_PATHS and environ["REQUEST_METHOD"] == "POST"
 
 
-class Answered(flask.Response):
-    """A chat's answer. Its headers are complete: werkzeug would copy and look through them."""
+class Answered:
+    """A chat's answer, as WSGI wants it. Its headers are complete, so nobody looks through them."""
 
-    def get_wsgi_headers(self, environ: Any) -> Any:
-        """The headers as they are."""
-        return self.headers
+    def __init__(self, body: Iterable[bytes], headers: dict[str, str], close: Callable[[], None]):
+        self.headers = headers
+        self._body, self._close = body, close
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        """Start it; what is returned is the body, to be closed."""
+        start_response("200 OK", list(self.headers.items()))
+        return self
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._body)
+
+    def close(self) -> None:
+        """End the body, then what it belongs to."""
+        try:
+            getattr(self._body, "close", lambda: None)()
+        finally:
+            self._close()
 
 
 def read_page(path: Path) -> tuple[bytes, str]:

@@ -417,6 +417,8 @@ def logfmt_value(value: Any) -> str:
     elif isinstance(value, bool):
         return "true" if value else "false"
     text = str(value)
+    if isinstance(value, int | float):
+        return text
     return text if PLAIN.fullmatch(text) else _quoted(text)
 
 
@@ -431,7 +433,9 @@ def log_to_stderr(log_format: str) -> None:
     handler.setFormatter(EventFormatter(log_format == "json"))
     log.addHandler(handler)
     log.propagate = False
-    logging._srcfile = None  # no line of ours names its source, and looking it up costs a fifth
+    # No line of ours names its source, thread or process; to look them up costs a third of a line.
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     log.setLevel(logging.INFO)
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 # --- the text -----------------------------------------------------------------------------------
@@ -122,14 +123,15 @@ def cap(text: str) -> str:
     return text if len(text) <= HEAD + TAIL else f"{text[:HEAD]}\n{text[-TAIL:]}"
 
 
-def tokens_of(text: str) -> list[str]:
+@lru_cache(maxsize=256)  # a request asks three times for its text's, or its beginning's
+def tokens_of(text: str) -> tuple[str, ...]:
     """The words of `text`, case and accents folded; apostrophes and hyphens part words."""
     text = text.lower()
     if not text.isascii():
         folded = unicodedata.normalize("NFD", text.translate(LIGATURES))
         text = ACCENTS.sub("", folded)
     plain = text.isascii() and not NOT_PLAIN.search(text)
-    words = text.translate(BLANKS).split() if plain else TOKEN.findall(text)
+    words = tuple(text.translate(BLANKS).split() if plain else TOKEN.findall(text))
     return words if len(words) <= MOST_WORDS else words[: MOST_WORDS - 100] + words[-100:]
 
 
@@ -148,7 +150,7 @@ def is_entry(entry: str) -> bool:
 def parse_entry(entry: str) -> tuple[tuple[str, ...], bool, float]:
     """(words, is a prefix, weight) of `two words`, `word*^2`; ValueError when it has no word."""
     parts = ENTRY.fullmatch(entry.strip())
-    words = tuple(tokens_of(cap(parts["words"]))[:LONGEST_PHRASE]) if parts else ()
+    words = tokens_of(cap(parts["words"]))[:LONGEST_PHRASE] if parts else ()
     if not parts or not words:
         raise ValueError(f"{entry!r} holds no letter or digit")
     return words, bool(parts["prefix"]), float(parts["weight"] or 1)
@@ -282,7 +284,7 @@ ORDER = re.compile(
 )
 
 
-def is_order(words: list[str]) -> bool:
+def is_order(words: Sequence[str]) -> bool:
     """Whether a text opens like an order about the world: "can you book", "je voudrais ajouter"."""
     return bool(ORDER.match(" ".join(words[:6])))
 
@@ -307,7 +309,7 @@ class Continuations:
 
     def covers(self, text: str) -> bool:
         """Whether `text` is a follow-up: these words only, or behind one hardly any other."""
-        words = tuple(tokens_of(text[:200]))
+        words = tokens_of(text[:200])
         if not words or len(words) > 12:
             return False
         at, opener, rest = 0, 0, 0

@@ -395,7 +395,7 @@ class Keywords:
         if is_prefix:
             self._lengths.setdefault((head, size), set()).add(len(key))
 
-    def find(self, words: list[str]) -> dict[tuple[str, str], tuple[float, int]]:
+    def find(self, words: Sequence[str]) -> dict[tuple[str, str], tuple[float, int]]:
         """(category, entry) -> (weight, place); of those that begin at one word the heaviest."""
         found: dict[tuple[str, str], tuple[float, int]] = {}
         taken = 0  # up to here the words belong to a user-made category
@@ -411,7 +411,7 @@ class Keywords:
                 found.setdefault((name, entry), (weight, at))
         return found
 
-    def _hits(self, words: list[str]) -> Iterator[tuple[int, list[Hit]]]:
+    def _hits(self, words: Sequence[str]) -> Iterator[tuple[int, list[Hit]]]:
         """Each place where entries begin, with these; hardly any does, so that is what is quick."""
         exact, stems, sizes = self._exact, self._stems, self._sizes
         openers = {word for word in set(words)
@@ -1352,7 +1352,7 @@ def current_request() -> flask.Request:
 
 @routes.post("/v1/chat/completions")
 @routes.post("/chat/completions")
-def chat() -> flask.Response:
+def chat() -> Answered:
     """The proxied chat request: its permit, its body, a model that answers, the relay."""
     owner, request = router(), current_request()
     call = flask.g.call = owner.begin(request.environ.get("gunicorn.socket"))
@@ -1366,21 +1366,18 @@ def chat() -> flask.Response:
     return answer(owner, call, owner.walk(call, decision))
 
 
-def answer(owner: Router, call: Call, relay: Relay) -> flask.Response:
-    """The relay as a response; its close hook ends the call, whatever became of it."""
-    headers = dict(ALWAYS)  # all at once below: setting them singly compares each to each
-    body: Any = relay.stream() if call.stream else relay.held[0]
+def answer(owner: Router, call: Call, relay: Relay) -> Answered:
+    """The relay as a response; to close it ends the call, whatever became of it."""
     if call.stream:
-        streamed = {"Content-Type": EVENTS, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        headers |= call.headers() | streamed
+        more = {"Content-Type": EVENTS, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     else:
         call.outcome = "success"
         if call.answer:
             call.answer.price(relay.usage)
-        headers |= call.headers() | {"Content-Type": "application/json"}
-    response = Answered(body, headers=headers)
-    response.call_on_close(lambda: owner.finish(call))
-    return response
+        more = {"Content-Type": "application/json", "Content-Length": str(len(relay.held[0]))}
+    more |= {"X-Router-Demo": "1"} if owner.settings.demo else {}
+    body = relay.stream() if call.stream else relay.held
+    return Answered(body, ALWAYS | call.headers() | more, partial(owner.finish, call))
 
 
 @routes.post("/route")
@@ -1594,14 +1591,13 @@ def create_app(settings: Settings | None = None, *, session: requests.Session | 
     return app
 
 
-def serve_chat(settings: Settings, rejections: logging.Logger) -> flask.Response:
+def serve_chat(settings: Settings, rejections: logging.Logger) -> flask.Response | Answered:
     """A chat request by the short way of `App`; the same as what Flask does for the others."""
     try:
         guard(current_request(), settings)
-        response = chat()
+        return chat()
     except Exception as e:  # noqa: BLE001  a bug of ours becomes a 500 that says so
-        response = error_response(translated(e), rejections)
-    return add_headers(response)
+        return add_headers(error_response(translated(e), rejections))
 
 
 def warm_up(owner: Router) -> None:
@@ -1628,9 +1624,8 @@ def request_schemas() -> dict[str, jsonschema.Draft202012Validator]:
 
 def add_headers(response: flask.Response) -> flask.Response:
     """Headers of every answer."""
-    if not isinstance(response, Answered):
-        for key, value in ALWAYS.items():
-            response.headers.setdefault(key, value)
+    for key, value in ALWAYS.items():
+        response.headers.setdefault(key, value)
     if router().settings.demo:
         response.headers["X-Router-Demo"] = "1"
     return response
