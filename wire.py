@@ -411,7 +411,8 @@ class _Noted:
         if self.flight:
             self.flight.attach(self.sock)
             self.drop_copy()
-        self.sock.settimeout(None)  # the watcher keeps the limits
+        if self.sock.gettimeout() is not None:
+            self.sock.settimeout(None)  # the watcher keeps the limits
         # In one packet: the upstream wakes up once. It may have refused already, and closed.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             send_all(self.sock, [head, *body])

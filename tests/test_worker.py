@@ -65,6 +65,38 @@ def test_requests_sent_ahead_are_all_answered(service):
         assert answers(sock, 3).count(b"HTTP/1.1 200 OK\r\n") == 3
 
 
+def test_a_thread_leaves_a_client_that_never_pauses_for_the_others(direct, monkeypatch):
+    served: list[Any] = []
+    monkeypatch.setattr(worker, "has_more", lambda conn: True)
+    direct.handle = lambda conn: served.append(conn) or True
+    here, there = socket.socketpair()
+    conn = Idle(here, 0)
+    conn.parser = worker.Parser(Config(), conn, BASE)
+    direct.ready.register(here)
+
+    direct.serve_one(conn)
+
+    assert len(served) == worker.IN_A_ROW
+    assert list(direct.idle.values()) == [conn]
+    here.close()
+    there.close()
+
+
+@pytest.mark.parametrize("sent", [b"", HEALTH])
+def test_what_came_meanwhile_is_seen_without_waiting(sent):
+    here, there = socket.socketpair()
+    conn = Idle(here, 0)
+    conn.parser = worker.Parser(Config(), conn, BASE)
+    assert not worker.has_more(conn)
+
+    there.sendall(sent)
+    there.close()
+
+    assert worker.has_more(conn)
+    assert conn.parser.unreader.buf.getvalue() == sent
+    here.close()
+
+
 def test_a_request_in_two_packets_is_one_request(service):
     with connected(service) as sock:
         sock.sendall(HEALTH[:20])
@@ -136,6 +168,9 @@ class Idle:
     def __init__(self, sock: socket.socket | None, timeout: float):
         self.sock, self.timeout, self.closed = sock, timeout, False
         self.client, self.server = ADDRESSES
+
+    def set_timeout(self) -> None:
+        self.timeout = time.monotonic() + 60
 
     def close(self) -> None:
         self.closed = True
