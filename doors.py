@@ -41,10 +41,11 @@ OUR_NAMES = ("localhost", "host.docker.internal")  # the second is how a contain
 class App(flask.Flask):
     """Flask, with what differs from its defaults, and a short way for chat requests.
 
-    Matching the path, a session and signals, none of which a chat needs, cost as much as choosing.
+    Matching the path, contexts, a session and signals, none of which a chat needs, cost as much as
+    choosing and relaying do.
     """
 
-    serve_chat: Callable[[], flask.Response | Answered]  # within the context of its request
+    serve_chat: Callable[[flask.Request], flask.Response | Answered]
 
     def __init__(self, max_body_mb: int, page: Path):
         super().__init__("llm-router", static_folder=None)
@@ -53,24 +54,16 @@ class App(flask.Flask):
         self.json.sort_keys = False  # type: ignore[attr-defined]
         self.url_map.merge_slashes = False  # it would answer // with a redirect
         self.extensions["page"] = read_page(page)
-
-    def create_url_adapter(self, request: flask.Request | None) -> Any:
-        """What matches the path of a request; None for a chat, whose path has matched."""
-        if request is not None and is_chat(request.environ):
-            return None
-        return super().create_url_adapter(request)
+        for path in CHAT_PATHS:  # for the other methods: a 405 instead of a 404
+            self.add_url_rule(path, "chat", methods=["POST"])
 
     def wsgi_app(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         """Answer one request."""
-        if not is_chat(environ):
+        if environ["PATH_INFO"] not in CHAT_PATHS or environ["REQUEST_METHOD"] != "POST":
             return super().wsgi_app(environ, start_response)
-        with self.request_context(environ):
-            return self.serve_chat()(environ, start_response)
-
-
-def is_chat(environ: Mapping[str, Any]) -> bool:
-    """True for a chat request."""
-    return environ["PATH_INFO"] in CHAT_PATHS and environ["REQUEST_METHOD"] == "POST"
+        request = self.request_class(environ)
+        request.max_content_length = self.config["MAX_CONTENT_LENGTH"]
+        return self.serve_chat(request)(environ, start_response)
 
 
 class Answered:

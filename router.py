@@ -149,11 +149,10 @@ def read_chat(data: bytes) -> Chat:
 
 def check(body: Any, name: str) -> None:
     """RouterError 422 with a {loc, msg} per place where `body` does not fit the schema `name`."""
-    schema: jsonschema.Draft202012Validator = flask.current_app.extensions["schemas"][name]
     if has_over(MOST_VALUES, body):
         msg = f"does not fit, and holds over {MOST_VALUES} values, too many to say where"
         raise invalid([{"loc": ["body"], "msg": msg}])
-    first = islice(schema.iter_errors(body), 20)
+    first = islice(request_schemas()[name].iter_errors(body), 20)
     errors = sorted(first, key=lambda e: [str(p) for p in e.absolute_path])
     found = [{"loc": ["body", *e.absolute_path], "msg": say_schema_error(e)} for e in errors]
     if found:
@@ -1334,6 +1333,7 @@ def _refusal(failures: list[Failure]) -> Failure | None:
 # --- routes ------------------------------------------------------------------------------------
 
 routes = flask.Blueprint("router", __name__)
+CALL = "llm_router.call"  # where the environment of a chat request keeps it
 EVENTS = "text/event-stream; charset=utf-8"
 ALWAYS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}  # unless set otherwise
 
@@ -1344,18 +1344,12 @@ def router() -> Router:
     return found
 
 
-def current_request() -> flask.Request:
-    """The request itself: each look through flask.request costs a microsecond."""
-    found: flask.Request = flask.request._get_current_object()  # type: ignore[attr-defined]
-    return found
+def chat(owner: Router, request: flask.Request) -> Answered:
+    """The proxied chat request: its permit, its body, a model that answers, the relay.
 
-
-@routes.post("/v1/chat/completions")
-@routes.post("/chat/completions")
-def chat() -> Answered:
-    """The proxied chat request: its permit, its body, a model that answers, the relay."""
-    owner, request = router(), current_request()
-    call = flask.g.call = owner.begin(request.environ.get("gunicorn.socket"))
+    `App` comes here for POST on either path, without Flask's contexts.
+    """
+    call = request.environ[CALL] = owner.begin(request.environ.get("gunicorn.socket"))
     owner.flights.board(call.flight)
     decision = owner.choose(call, read_chat(read_body(request)))
     asked_for = request.environ.get("HTTP_X_ROUTER_STREAM", "").lower()
@@ -1578,26 +1572,27 @@ def create_app(settings: Settings | None = None, *, session: requests.Session | 
         import cluster  # only here: one instance alone runs no line of it
 
         owner.cluster = cluster.join(owner)
-    app.extensions["schemas"] = request_schemas()
     rejections = log_rejections(settings.validation_log)
     app.register_blueprint(routes)
-    app.before_request(lambda: guard(current_request(), settings))
+    app.before_request(lambda: guard(flask.request, settings))
     app.after_request(add_headers)
     app.register_error_handler(Exception, lambda e: error_response(translated(e), rejections))
-    app.serve_chat = partial(serve_chat, settings, rejections)
+    app.serve_chat = partial(serve_chat, app, settings, rejections)
     log.info("start", {"version": VERSION, "routes": str(settings.routes), "demo": settings.demo})
     if owner.store.table.mode != "keywords":
         threading.Thread(target=warm_up, args=(owner,), name="warm-up", daemon=True).start()
     return app
 
 
-def serve_chat(settings: Settings, rejections: logging.Logger) -> flask.Response | Answered:
+def serve_chat(app: App, settings: Settings, rejections: logging.Logger,
+               request: flask.Request) -> flask.Response | Answered:  # fmt: skip
     """A chat request by the short way of `App`; the same as what Flask does for the others."""
     try:
-        guard(current_request(), settings)
-        return chat()
+        guard(request, settings)
+        return chat(app.extensions["router"], request)
     except Exception as e:  # noqa: BLE001  a bug of ours becomes a 500 that says so
-        return add_headers(error_response(translated(e), rejections))
+        with app.request_context(request.environ):
+            return add_headers(error_response(translated(e), rejections))
 
 
 def warm_up(owner: Router) -> None:
@@ -1610,6 +1605,7 @@ def warm_up(owner: Router) -> None:
         owner.flights.land(call.flight)
 
 
+@lru_cache(maxsize=1)
 def request_schemas() -> dict[str, jsonschema.Draft202012Validator]:
     """openapi.json's schemas, compiled once."""
     components = json.loads((HERE / "openapi.json").read_text(encoding="utf-8"))["components"]
@@ -1633,7 +1629,7 @@ def add_headers(response: flask.Response) -> flask.Response:
 
 def error_response(e: RouterError, rejections: logging.Logger) -> flask.Response:
     """The envelope; ends the call that the error ended."""
-    call: Call | None = flask.g.get("call")
+    call: Call | None = flask.request.environ.get(CALL)
     if call is None and flask.request.method == "POST" and flask.request.path in CHAT_PATHS:
         call = router().begin(None)  # refused at the door: counted, logged and named like others
     place = {

@@ -36,18 +36,21 @@ PROGRAMS = {
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests whose Debian program is not installed, and say so in one line."""
+    """Deselect tests whose Debian program is not installed."""
     kept, left = [], []
     for item in items:
         needs = [mark.args[0] for mark in item.iter_markers("debian")]
         (left if any(not shutil.which(PROGRAMS[name]) for name in needs) else kept).append(item)
     if left:
-        names = sorted({mark.args[0] for item in left for mark in item.iter_markers("debian")})
         config.hook.pytest_deselected(items=left)
-        reporter = config.pluginmanager.get_plugin("terminalreporter")
-        if reporter:
-            reporter.write_line(f"{len(left)} tests deselected, not installed: {', '.join(names)}")
         items[:] = kept
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say in one line what was not installed; the processes that run the tests cannot."""
+    missing = sorted(name for name, program in PROGRAMS.items() if not shutil.which(program))
+    if missing:
+        terminalreporter.write_line(f"tests deselected, not installed: {', '.join(missing)}")
 
 
 class Clock:
