@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 import runpy
 import select
 import socket
 import time
+import types
 import weakref
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -103,6 +106,22 @@ def test_a_request_in_two_packets_is_one_request(service):
         sock.sendall(HEALTH[20:])
 
         assert answers(sock, 1).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("pin", ["0", "1"])
+def test_all_threads_of_a_worker_that_serves_are_on_the_cpu_of_its_port(tmp_path, upstream, pin):
+    service = Service(tmp_path, small_routes(upstream.url), ROUTER_PIN_CPU=pin)
+    try:
+        assert service.chat().status_code == 200
+        master = service.process.pid
+        worker_pid = Path(f"/proc/{master}/task/{master}/children").read_text().split()[0]
+        threads = [int(task.name) for task in Path(f"/proc/{worker_pid}/task").iterdir()]
+        cpus = sorted(os.sched_getaffinity(0))
+        wanted = {cpus[service.port % len(cpus)]} if pin == "1" else set(cpus)
+        assert len(threads) > 64
+        assert [os.sched_getaffinity(thread) for thread in threads] == [wanted] * len(threads)
+    finally:
+        service.stop()
 
 
 def test_an_answer_comes_in_one_packet(service):
@@ -261,7 +280,7 @@ def test_a_start_frees_what_it_has_made_from_garbage_collections():
     conf = runpy.run_path(str(ROOT / "gunicorn.conf.py"))
     before, thresholds = gc.get_freeze_count(), gc.get_threshold()
 
-    conf["post_worker_init"](None)
+    conf["post_worker_init"](types.SimpleNamespace(cfg=types.SimpleNamespace(address=["/unix"])))
 
     frozen, seldom = gc.get_freeze_count(), gc.get_threshold()
     gc.unfreeze()
