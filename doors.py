@@ -61,7 +61,7 @@ class App(flask.Flask):
         """Answer one request."""
         if environ["PATH_INFO"] not in CHAT_PATHS or environ["REQUEST_METHOD"] != "POST":
             return super().wsgi_app(environ, start_response)
-        request = self.request_class(environ)
+        request = self.request_class(environ, populate_request=False)  # they would form a circle
         request.max_content_length = self.config["MAX_CONTENT_LENGTH"]
         return self.serve_chat(request)(environ, start_response)
 
