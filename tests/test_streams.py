@@ -98,6 +98,8 @@ def shared_held(
     routes["categories"]["held"] = {**chain, "stream": "whole"}
     routes["categories"]["brief"] = {**chain, "stream": "whole", "timeouts_sec": brief}
     routes["categories"]["hurried"] = {**chain, "timeouts_sec": brief}
+    patient = {"first_token": 20, "idle": 20, "answer": 20, "total": 60}  # 36 MB take a second
+    routes["categories"]["patient"] = {**chain, "timeouts_sec": patient}
     service = Service(tmp_path_factory.mktemp("held"), routes)
     yield service
     service.stop()
@@ -478,14 +480,14 @@ def test_a_held_answer_that_was_cut_by_its_length_may_hold_half_a_tool_call(serv
     assert ask(service, headers=WHOLE).content == b"".join(sent)
 
 
-def test_a_held_answer_is_bounded_in_size(service, upstream):
+def test_a_held_answer_is_bounded_in_size(held, upstream):
     upstream.scripts["acme/one"] = pieces([chunk({"content": "x" * 1_000_000})] * 36 + END)
     upstream.scripts["acme/two"] = stream(["small"])
 
-    answer = ask(service, headers=WHOLE)
+    answer = ask(held, model="router/patient", headers=WHOLE)
 
     assert words_of(answer.content) == "small"
-    assert last_attempts(service) == [("acme/one", "not_an_answer"), ("acme/two", "success")]
+    assert last_attempts(held) == [("acme/one", "not_an_answer"), ("acme/two", "success")]
 
 
 def test_a_category_can_ask_for_whole_answers(held, upstream):
@@ -544,15 +546,15 @@ def test_the_last_model_may_take_its_time_for_the_first_token(service, upstream,
     assert words_of(answer.content) == "word "
 
 
-def test_an_endless_line_without_an_event_is_bounded(service, upstream):
+def test_an_endless_line_without_an_event_is_bounded(held, upstream):
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\ndata: "
     upstream.scripts["acme/one"] = raw(head + b"x" * (10 << 20))
     upstream.scripts["acme/two"] = stream(["small"])
 
-    answer = ask(service)
+    answer = ask(held, model="router/patient")
 
     assert words_of(answer.content) == "small"
-    assert last_attempts(service) == [("acme/one", "not_an_answer"), ("acme/two", "success")]
+    assert last_attempts(held) == [("acme/one", "not_an_answer"), ("acme/two", "success")]
 
 
 @pytest.mark.parametrize("headers", [{}, {"X-Router-Stream": "whole"}])
