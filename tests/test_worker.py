@@ -22,7 +22,7 @@ import pytest
 from conftest import ROOT, Service, small_routes
 from gunicorn.config import Config
 from gunicorn.http import RequestParser, wsgi
-from gunicorn.http.errors import InvalidResponseHeader, InvalidResponseHeaderName, ParseException
+from gunicorn.http.errors import InvalidHeader, InvalidHeaderName, ParseException
 from hypothesis import given, settings
 
 import worker
@@ -473,11 +473,11 @@ def test_an_answer_without_a_length_comes_in_chunks():
 
 @pytest.mark.parametrize("name", ["X\r\nA", "", "X A", "X:", "É"])
 def test_no_header_with_a_broken_name_is_sent(name):
-    with pytest.raises(InvalidResponseHeaderName):
+    with pytest.raises(InvalidHeaderName):
         started([(name, "b")])
 
 
 @pytest.mark.parametrize("value", ["a\r\nX: b", "a\0", "a\n", "€", "\x7f"])
 def test_no_header_with_a_broken_value_is_sent(value):
-    with pytest.raises(InvalidResponseHeader):
+    with pytest.raises(InvalidHeader):
         started([("X-A", "b"), ("X-B", value)])
