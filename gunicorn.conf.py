@@ -130,7 +130,7 @@ def stay_on_one_cpu(address):
     """Keep the worker there: its threads take turns anyway, and changing CPUs costs a lot.
 
     Neighbours on other ports get other CPUs. Where it is not allowed the worker goes unpinned. On
-    two cores it served 1.5 times the requests, and 1.2 times beside a program that kept both busy.
+    two cores it served 1.1 to 1.5 times the requests, and twice as many beside a busy program.
     Only now, since after a reload the old worker still serves on that CPU while the new one loads.
     """
     cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []

@@ -137,7 +137,7 @@ def read_ordinary(data: bytes, end: int, base: dict[str, Any], most: int) -> Ord
 
 
 class Parser(RequestParser):
-    """The requests of a connection: ordinary ones in a third of the time, all others gunicorn's."""
+    """The requests of a connection: ordinary ones at a seventh of gunicorn's time, others by it."""
 
     def __init__(self, cfg: Any, conn: Any, base: dict[str, Any]):
         super().__init__(cfg, conn.sock, conn.client)

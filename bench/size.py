@@ -54,6 +54,28 @@ def after_load(stage: Stage, folder: Path, args: argparse.Namespace) -> dict[str
     return found
 
 
+def million(stage: Stage, args: argparse.Namespace) -> tuple[Any, ...]:
+    """PSS of master and worker while a million requests are served; a quick run serves fewer."""
+    wanted, figures = (3_000, {}) if args.quick else (1_000_000, {})
+    up = servers.upstream(stage)
+    for name, folder in args.routers.items():
+        who, served, bad, seen = servers.router(stage, up, folder, **args.env), 0.0, 0, []
+        while served < wanted:
+            turn = wrk(who, small_body(who.model), 16, 1 if args.quick else 20, stage.root)
+            served, bad = served + turn.rate * (1 if args.quick else 20), bad + turn.bad
+            seen.append(memory_mib(who.pid)[0])
+        stage.stop(who.pid)
+        late = max(seen[len(seen) // 2 :])
+        figures[name] = {"served": served, "bad": bad, "each_mib": seen, "late": late / seen[0]}
+    stage.stop(up.pid)
+    rows = [
+        [name, f"{row['served']:,.0f}", f"{row['bad']}", f"{row['each_mib'][0]:.0f}",
+         f"{min(row['each_mib']):.0f}-{max(row['each_mib']):.0f}"] for name, row in figures.items()
+    ]  # fmt: skip
+    head = ["", "requests", "errors", "MiB at first", "min-max"]
+    return figures, "million: PSS of the process tree while serving 1 KB bodies", head, rows
+
+
 def while_streaming(stage: Stage, folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """Memory in the middle of 256 streams."""
     up = streams.delaying_upstream(stage, 200)

@@ -44,6 +44,7 @@ from servers import Contestant
 
 CONTESTS = ("small", "alone", "agent", "streams", "memory", "start", "growth")
 QUICK = CONTESTS[:-1]
+ON_DEMAND = ("million",)  # takes 15 minutes
 LOADS = {  # contest: body, connections, who takes no part, who else does not in a quick run
     "small": (small_body, 16, (), ("flask",)),
     "alone": (small_body, 1, ("flask",), ("constant", "nginx")),
@@ -175,7 +176,7 @@ def arguments() -> argparse.Namespace:
     """The command line; `routers` maps names to checkouts."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one short round, without growth")
-    parser.add_argument("--only", help=f"some of {','.join(CONTESTS)}, with commas")
+    parser.add_argument("--only", help=f"some of {','.join(CONTESTS + ON_DEMAND)}, with commas")
     parser.add_argument("--rounds", type=int, help="default 3")
     parser.add_argument("--seconds", type=int, help="of wrk, each turn; default 3")
     parser.add_argument("--pin", action="store_true", help="contestants on CPU 0, load on CPU 1")
@@ -184,7 +185,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args()
     args.only = args.only.split(",") if args.only else list(QUICK if args.quick else CONTESTS)
-    if wrong := set(args.only) - set(CONTESTS):
+    if wrong := set(args.only) - set(CONTESTS + ON_DEMAND):
         parser.error(f"--only: no contest {', '.join(sorted(wrong))}")
     args.rounds = args.rounds or (1 if args.quick else 3)
     args.seconds = args.seconds or (1 if args.quick else 3)
@@ -222,6 +223,7 @@ def main() -> int:
             ("memory", size.memory),
             ("start", size.start),
             ("growth", size.growth),
+            ("million", size.million),
         ):
             if contest in args.only:
                 figures[contest], *shown = run(stage, args)

@@ -15,7 +15,7 @@ from conftest import ROOT
 @pytest.mark.debian("nginx")
 def test_a_short_run_measures_all_that_is_here_without_an_error(tmp_path: Path):
     found = tmp_path / "figures.json"
-    command = [sys.executable, ROOT / "bench" / "speed.py", "--only", "small"]
+    command = [sys.executable, ROOT / "bench" / "speed.py", "--only", "small,million"]
     done = subprocess.run(
         [*command, "--quick", "--json", found], capture_output=True, text=True, timeout=120
     )
@@ -25,4 +25,5 @@ def test_a_short_run_measures_all_that_is_here_without_an_error(tmp_path: Path):
     assert {"direct", "nginx", "constant", "router"} <= set(figures["small"])
     assert sum(row["bad"] for row in figures["small"].values()) == 0
     assert figures["small"]["router"]["rate"] > 1
+    assert figures["million"]["router"]["served"] >= 3_000
     assert "machine: " in done.stdout
