@@ -96,6 +96,7 @@ class Ordinary:
     """A request with an ordinary head, and what gunicorn asks of a request."""
 
     version = (1, 1)
+    headers = ()  # none of those that gunicorn asks for again
 
     def __init__(self, environ: dict[str, Any], length: int, closes: bool):
         self.environ = environ
