@@ -179,6 +179,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", help=f"some of {','.join(CONTESTS + ON_DEMAND)}, with commas")
     parser.add_argument("--rounds", type=int, help="default 3")
     parser.add_argument("--seconds", type=int, help="of wrk, each turn; default 3")
+    parser.add_argument("--streams", type=int, help="at once; default 256")
     parser.add_argument("--pin", action="store_true", help="contestants on CPU 0, load on CPU 1")
     parser.add_argument("--router", action="append", type=Path, help="a checkout; this one")
     parser.add_argument("--env", action="append", default=[], help="NAME=VALUE for the router")

@@ -59,7 +59,7 @@ def ask(who: Contestant, streams: int, events: int, spread_ms: float,
 
 def contest(stage: Stage, args: argparse.Namespace) -> tuple[Any, ...]:
     """Figures and table: the delay of events through each contestant, in turns."""
-    streams, events, gap = (64, 25, 20.0) if args.quick else (256, 50, 20.0)
+    streams, events, gap = (64, 25, 20.0) if args.quick else (args.streams or 256, 50, 20.0)
     up = delaying_upstream(stage, gap)
     env = {"ROUTER_THREADS": "300", **args.env}
     found = [up, servers.nginx(stage, up)]
