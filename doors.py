@@ -74,8 +74,12 @@ class Answered:
         self._body, self._close = body, close
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        """Start it; what is returned is the body, to be closed."""
-        start_response("200 OK", list(self.headers.items()))
+        """Start it; what is returned is the body, to be closed. One that cannot start has ended."""
+        try:
+            start_response("200 OK", list(self.headers.items()))
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __iter__(self) -> Iterator[bytes]:

@@ -12,6 +12,7 @@ import responses
 from conftest import ROOT, LocalClient, settings_for, small_routes
 from responses import matchers
 from upstream import Upstream, answer_body, error
+from werkzeug.test import EnvironBuilder
 
 import router as module
 
@@ -251,6 +252,20 @@ def test_a_bug_of_ours_is_a_500_that_blames_no_model(client, monkeypatch):
     assert answer.status_code == 500
     assert answer.json["error"]["code"] == "internal_error"
     assert client.get("/metrics").json["circuit_breaker"]["failures"] == {}
+
+
+def test_an_answer_that_the_server_refuses_to_start_gives_its_permit_back(app, client):
+    def refuse(*_):
+        raise ValueError("a header it does not like")
+
+    environ = EnvironBuilder(
+        "/v1/chat/completions", method="POST", json={"messages": [{"role": "user", "content": "a"}]}
+    ).get_environ()
+
+    with pytest.raises(ValueError, match="does not like"):
+        app(environ, refuse)
+
+    assert client.get("/metrics").json["in_flight"] == 0
 
 
 def test_chat_answers_explain_themselves(client):
