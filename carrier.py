@@ -153,13 +153,13 @@ class Carrier:
         while True:
             for descriptor, _ in self._epoll.poll():
                 stream = self._by_descriptor.get(descriptor)
-                if stream is not None and not stream.hand_on():
+                if stream is not None:
                     self._step(stream)
 
     def _step(self, stream: Carried) -> None:
         """Move one stream on; whatever goes wrong ends this one and no other."""
         try:
-            ended = self._move(stream)
+            ended = not stream.hand_on() and self._move(stream)
         except Exception as e:  # noqa: BLE001  the thread of the stream tells what it was
             stream.error, ended = e, True
         if ended:

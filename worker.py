@@ -263,18 +263,39 @@ class Threaded(gthread.ThreadWorker):
         else:
             _, environ = wsgi.create(req, conn.sock, conn.client, conn.server, self.cfg)
             environ["wsgi.multithread"] = True
-            environ["wsgi.input"] = Body(req.body.reader, conn.sock)
+            req.body = environ["wsgi.input"] = Body(req.body.reader, conn.sock)  # knows if it broke
         response = Response(req, conn.sock, self.cfg)
         if not self.alive or not self.cfg.keepalive or self.is_crowded():
             response.force_close()
+        self.respond(environ, response)
+        return not response.should_close() and self.has_read(req, conn)
+
+    def respond(self, environ: dict[str, Any], response: Response) -> None:
+        """Have the application answer. A bug behind the head can only end the connection."""
         pieces = self.wsgi(environ, response.start_response)
         try:
-            for piece in pieces:
-                response.write(piece)
-            response.close()
-        finally:
-            pieces.close()
-        return not response.should_close() and self.has_read(req, conn)
+            try:
+                for piece in pieces:
+                    response.write(piece)
+                response.close()
+            finally:
+                pieces.close()
+        except OSError:
+            raise
+        except Exception:
+            if not response.headers_sent:
+                raise
+            from wire import where_it_broke  # as in `handle_error`
+
+            log.error("internal_error", {"where": where_it_broke()})
+            raise StopIteration from None  # gunicorn's word for it
+
+    def is_parent_alive(self) -> bool:
+        """False when the master has died; then this worker leaves as if it had been told to."""
+        if super().is_parent_alive():
+            return True
+        self.alive = False
+        return False
 
     def is_crowded(self) -> bool:
         """True when there is no room for one more idle connection."""
@@ -338,7 +359,8 @@ class Direct(Threaded):
         if self.is_ordinary(conn):
             conn.parser = Parser(self.cfg, conn, self.base)
         self.park(conn)
-        self.ready.register(conn.sock, self.READABLE)
+        with contextlib.suppress(OSError, ValueError):  # a thread has closed it already
+            self.ready.register(conn.sock, self.READABLE)
 
     def is_ordinary(self, conn: Any) -> bool:
         """True when nothing that was set changes how a request is read."""
@@ -406,7 +428,7 @@ class Direct(Threaded):
         if self.is_untidy and len(self.idle) == len(self.open):
             self.is_untidy = False
             give_back_memory()
-        for descriptor, conn in list(self.idle.items()):
+        for descriptor, conn in self.idle.copy().items():
             if not self.alive:
                 conn.timeout = min(conn.timeout, now + LINGER_S)
             if (force or conn.timeout <= now) and self.idle.pop(descriptor, None):

@@ -155,6 +155,20 @@ def test_nothing_is_carried_but_from_one_plain_socket_to_another(ends):
     assert carried(object(), ends.sink, *rest) is None
 
 
+def test_a_bug_in_what_is_the_same_ends_this_stream_and_no_other(carrier, ends):
+    broken = Ends()
+    wrong = broken.carry(carrier, until_dot, same=lambda data: b"%d" % (1 // 0))
+    broken.upstream.sendall(b"x")
+    with pytest.raises(ZeroDivisionError):
+        wrong.result(5)
+    done = ends.carry(carrier, until_dot)
+
+    ends.upstream.sendall(b"well.")
+
+    assert done.result(5) is None
+    broken.close()
+
+
 def same_word(data: bytes) -> bytes:
     return data * 2 if set(data) == {ord("a")} else b""
 

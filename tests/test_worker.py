@@ -481,3 +481,53 @@ def test_no_header_with_a_broken_name_is_sent(name):
 def test_no_header_with_a_broken_value_is_sent(value):
     with pytest.raises(InvalidHeader):
         started([("X-A", "b"), ("X-B", value)])
+
+
+class Pieces:
+    """What an application returns: one piece, then a bug."""
+
+    closed = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield b"piece"
+        raise ZeroDivisionError
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_bug_behind_the_head_ends_the_connection_without_a_second_answer(direct):
+    here, there = socket.socketpair()
+    request = worker.Ordinary(dict(REQUEST_METHOD="GET", PATH_INFO="/"), 0, False)
+    response, pieces = worker.Response(request, here, Config()), Pieces()
+    direct.wsgi = lambda environ, start: start("200 OK", []) and pieces
+
+    with pytest.raises(StopIteration):
+        direct.respond({}, response)
+
+    here.close()
+    sent = there.recv(65536)
+    there.close()
+    assert sent.count(b"HTTP/1.1") == 1
+    assert sent.endswith(b"\r\n5\r\npiece\r\n")
+    assert pieces.closed
+
+
+def test_behind_a_broken_chunk_nothing_is_read_on_the_connection(service):
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+    head += b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with connected(service) as sock:
+        sock.sendall(head + b"ZZ\r\n")
+        assert sock.recv(65536).startswith(b"HTTP/1.1 400")
+
+        with contextlib.suppress(OSError):
+            sock.sendall(HEALTH)
+
+        assert b'"demo"' not in answers(sock, 1)
+
+
+def test_a_worker_whose_master_died_leaves_as_if_it_was_told_to(direct):
+    direct.ppid, direct.log = -1, worker.Silence()
+
+    assert not direct.is_parent_alive()
+    assert not direct.alive
