@@ -43,11 +43,15 @@ class Body(body.Body):
     def __init__(self, reader: Any, sock: socket.socket):
         super().__init__(reader)
         self._sock = sock
+        self.is_broken = False  # a chunk that lied: nobody knows where the next request begins
 
     def read(self, size: int | None = None) -> bytes:
         """So many bytes, all of them by default; fewer when the client stops sending."""
         if not isinstance(self.reader, body.LengthReader) or isinstance(self._sock, ssl.SSLSocket):
-            return bytes(super().read(size))
+            self.is_broken = True
+            data = bytes(super().read(size))
+            self.is_broken = False
+            return data
         wanted = self.reader.length
         wanted = wanted if size is None or size < 0 else min(size, wanted)
         held = self.reader.unreader.buf.getvalue()
@@ -263,7 +267,7 @@ class Threaded(gthread.ThreadWorker):
         else:
             _, environ = wsgi.create(req, conn.sock, conn.client, conn.server, self.cfg)
             environ["wsgi.multithread"] = True
-            req.body = environ["wsgi.input"] = Body(req.body.reader, conn.sock)  # knows if it broke
+            req.body = environ["wsgi.input"] = Body(req.body.reader, conn.sock)
         response = Response(req, conn.sock, self.cfg)
         if not self.alive or not self.cfg.keepalive or self.is_crowded():
             response.force_close()
@@ -303,6 +307,8 @@ class Threaded(gthread.ThreadWorker):
 
     def has_read(self, req: Any, conn: Any) -> bool:
         """True when nothing is left of the request's body, or what was left came in time."""
+        if req.body.is_broken:
+            return False
         if getattr(req.body.reader, "length", 1) == 0:
             return True
         return bool(conn.parser.finish_body(deadline=time.monotonic() + DRAIN_S))
