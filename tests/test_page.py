@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from service import ROOT, Service, small_routes
-from upstream import Upstream, error, slow, whole
+from service import ROOT, Service, free_port, small_routes
+from upstream import Upstream, error, hang, slow, whole
 
 from judge import VERDICTS
 
 waits = pytest.importorskip("selenium.webdriver.support.wait")
+chains = pytest.importorskip("selenium.webdriver.common.action_chains")
+keys = pytest.importorskip("selenium.webdriver.common.keys")
 
 pytestmark = pytest.mark.debian("chromium")
 HOSTILE = "<img src=x onerror=window.hacked=1>"
+VALUE = r"^\d\d:\d\d:\d\d: [\d.]+ m?s, acme/\w+ (answered|failed)"
 TOKEN = "admin-token-of-the-page-tests"
 
 
@@ -35,6 +38,19 @@ class Page:
     def find(self, css: str) -> Any:
         return self.driver.find_element("css selector", css)
 
+    def answers(self, path: str, **changes: Any) -> None:
+        """From now on the router's answer at `path` holds `changes`."""
+        self.driver.execute_script(
+            """const real = window.fetch, [wanted, changes] = arguments;
+            window.fetch = async (path, ...more) => {
+              const reply = await real(path, ...more);
+              if (path !== wanted) return reply;
+              return new Response(JSON.stringify({...await reply.json(), ...changes}));
+            };""",
+            path,
+            changes,
+        )
+
     def wait(self, id_: str, wanted: str) -> str:
         """The text of the part `id_` once `wanted` (a pattern) is in it."""
         waiting = waits.WebDriverWait(self.driver, 8, poll_frequency=0.05)
@@ -48,6 +64,10 @@ def open_page(chromium: Any, service: Service) -> Iterator[Callable[[], Page]]:
     yield lambda: Page(chromium, service.base)
     service.routes.write_text(good)
     chromium.get("about:blank")
+
+
+def screen(wide: int) -> dict[str, Any]:
+    return {"width": wide, "height": 900, "deviceScaleFactor": 1, "mobile": wide < 500}
 
 
 def fail(service: Service, upstream: Upstream, model: str) -> None:
@@ -86,6 +106,94 @@ def test_failing_model_is_named_with_its_reason_and_reset_makes_it_usable(
     page.wait("models", r"acme/one\s+closed: in use")
 
 
+def test_kinds_of_failures_are_told_in_words(
+    open_page: Any, service: Service, upstream: Upstream
+) -> None:
+    upstream.scripts["acme/one"] = hang
+    service.chat(stream=True).close()
+    page = open_page()
+
+    shown = page.wait("models", r"\d × sent no token in time")
+
+    assert "first_token" not in shown
+
+
+@pytest.mark.parametrize("wide", [1200, 380])
+def test_share_bars_begin_at_the_same_place_in_every_row(
+    open_page: Any, service: Service, wide: int
+) -> None:
+    service.post("/config/category", {"name": "a-category-of-a-long-name", "models": ["acme/one"]})
+    service.chat("please refactor this python")
+    service.chat("hello")
+    page = open_page()
+    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen(wide))
+    page.wait("categories", "a-category-of-a-long-name")
+
+    begins, lengths = page.driver.execute_script(
+        """const boxes = [...document.querySelectorAll("#categories .track")]
+          .map(track => track.getBoundingClientRect());
+        return [boxes.map(box => box.left), boxes.map(box => box.width)];"""
+    )
+
+    page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert len(begins) >= 5
+    assert len(set(begins)) == len(set(lengths)) == 1
+
+
+def test_each_category_shows_its_chain_and_the_circuits_in_words(
+    open_page: Any, service: Service, upstream: Upstream
+) -> None:
+    fail(service, upstream, "acme/one")
+    page = open_page()
+
+    shown = page.wait("categories", "open")
+
+    assert re.search(r"code\s+1\. acme/one open\s+2\. acme/two closed", shown)
+    assert re.search(r"conversation\s+1\. acme/one open\s+2\. acme/two closed", shown)
+
+
+def test_rejected_request_does_not_read_like_a_failed_model(
+    open_page: Any, service: Service
+) -> None:
+    service.post("/v1/chat/completions", {"messages": "no"})
+    page = open_page()
+    page.wait("requests", "rejected")
+
+    newest = page.find("#requests li").text
+
+    assert re.search(r"rejected\s+status 422", newest)
+    assert "No model was asked: something in it does not fit" in newest
+    assert not re.search(r"none|unknown|failed|\$", newest)
+
+
+def test_latency_line_has_a_scale(open_page: Any, service: Service) -> None:
+    service.chat()
+    page = open_page()
+
+    shown = page.wait("latency", r"\n0 m?s")
+
+    assert re.search(r"^(\d[\d.]* (m?s)\n)+0 \2\n\d\d:\d\d:\d\d", shown)
+
+
+def test_values_of_the_latency_line_are_read_by_pointer_and_by_keys(
+    open_page: Any, service: Service
+) -> None:
+    for _ in range(3):
+        service.chat()
+    page = open_page()
+    page.wait("read-off", r"\d requests: fastest \d+ ms, median")
+    slider = page.find("#latency input")
+
+    chains.ActionChains(page.driver).move_to_element(page.find("#latency .field")).perform()
+    page.wait("read-off", VALUE)
+    page.driver.execute_script("arguments[0].focus()", slider)
+    slider.send_keys(keys.Keys.HOME, keys.Keys.ARROW_RIGHT)
+
+    assert slider.get_property("value") == "1"
+    assert re.search(VALUE, slider.get_attribute("aria-valuetext"))
+    assert page.text("read-off") == slider.get_attribute("aria-valuetext")
+
+
 def test_slow_model_is_named(open_page: Any, service: Service, upstream: Upstream) -> None:
     service.post("/config/category", {"name": "slow", "models": ["acme/snail"]})
     upstream.scripts["acme/snail"] = slow(1.05, whole("late"))
@@ -108,6 +216,98 @@ def test_broken_routes_file_is_told_with_its_reason_until_mended(
     page.wait("troubles", r"routes\.json is broken[\s\S]*rooting_mode[\s\S]*last good version")
     service.routes.write_text(good)
     page.wait("state", r"routes.json\s+good")
+
+
+@pytest.fixture
+def hybrid(tmp_path: Path, upstream: Upstream) -> Iterator[Service]:
+    """A router whose Ollama is not there."""
+    routes = small_routes(upstream.url, routing_mode="hybrid")
+    service = Service(
+        tmp_path, {**routes, "ollama": {"base_url": f"http://127.0.0.1:{free_port()}"}}
+    )
+    yield service
+    service.stop()
+
+
+def test_absent_ollama_is_a_hint_with_its_two_ways_out(chromium: Any, hybrid: Service) -> None:
+    hybrid.chat("a text without any keyword")
+    page = Page(chromium, hybrid.base)
+
+    shown = page.wait("troubles", "Hint")
+
+    assert "ollama pull qwen2.5:0.5b" in shown
+    assert '"routing_mode": "keywords" in routes.json' in shown
+    assert "Nothing: all circuits are closed" in page.text("summary")
+    assert page.find("#attention").get_attribute("class") == ""
+    assert chromium.title == "llm-router"
+    chromium.get("about:blank")
+
+
+def test_hint_about_a_missing_model_is_the_router_s_own_sentence(open_page: Any) -> None:
+    page = open_page()
+    message = "Ollama has no phi3: run `ollama pull phi3`"
+
+    page.answers(
+        "health", classifier={"status": "failing", "reason": "no_model", "message": message}
+    )
+
+    shown = page.wait("troubles", r"Hint\s+Ollama lacks its model: keywords decide")
+    assert shown.count("ollama pull phi3") == shown.count("ollama pull") == 1
+    assert '"routing_mode": "keywords" in routes.json' in shown
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [(None, "Ollama did not answer in time"), ("Ollama is too slow", "Ollama is too slow")],
+)
+def test_classifier_that_is_there_and_fails_needs_attention(
+    open_page: Any, message: str | None, told: str
+) -> None:
+    page = open_page()
+
+    page.answers(
+        "health", classifier={"status": "failing", "reason": "classify", "message": message}
+    )
+
+    page.wait("troubles", rf"Classifier\s+{told}\s+[\s\S]*Keywords decide meanwhile")
+    assert page.find("#attention").get_attribute("class") == "warn"
+
+
+def test_message_about_an_upstream_is_shown(open_page: Any) -> None:
+    page = open_page()
+    message = "TEST_API_KEY is refused by local"
+    state = {"configured": True, "key_refused_since": "2026-11-25T20:00:00Z", "message": message}
+
+    page.answers("health", upstreams={"local": state})
+
+    page.wait("troubles", rf"Key refused\s+{message}\s+Since ")
+    page.wait("state", rf"Upstream local\s+key refused {message}")
+
+
+def test_base_url_and_model_are_copied_by_pointer_and_by_keys(
+    open_page: Any, service: Service
+) -> None:
+    page = open_page()
+
+    page.find("[aria-label='Copy the base URL']").click()
+    page.wait("copied", rf"{service.base}/v1 is copied")
+    page.find("#text").send_keys(keys.Keys.CONTROL, "v")
+    page.find("[aria-label='Copy the model']").send_keys(keys.Keys.ENTER)
+    page.wait("copied", "router is copied")
+    page.find("#text").send_keys(keys.Keys.NULL, " ", keys.Keys.CONTROL, "v")
+
+    assert page.find("#text").get_property("value") == f"{service.base}/v1 router"
+
+
+def test_where_a_page_may_not_copy_it_selects(open_page: Any, service: Service) -> None:
+    page = open_page()
+    page.driver.execute_script("document.execCommand = () => false")
+
+    page.find("[aria-label='Copy the base URL']").click()
+
+    page.wait("copied", r"is selected: copy it with Ctrl\+C")
+    selected = page.driver.execute_script("return String(getSelection())")
+    assert selected == f"{service.base}/v1"
 
 
 def test_dry_run_shows_the_words_that_decided(open_page: Any) -> None:
@@ -181,8 +381,7 @@ def test_paused_page_asks_nothing(open_page: Any) -> None:
 
 def test_narrow_page_does_not_scroll_sideways(open_page: Any) -> None:
     page = open_page()
-    metrics = {"width": 380, "height": 900, "deviceScaleFactor": 1, "mobile": True}
-    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen(380))
     page.wait("about", "updated")
 
     wide = page.driver.execute_script("return document.documentElement.scrollWidth")
@@ -204,6 +403,7 @@ def test_key_is_asked_for_and_kept_for_this_tab(chromium: Any, locked: Service) 
 
     page.find("#key").send_keys("not the key\n")
     page.wait("key-why", "This key does not open everything")
+    assert not page.find("#attention").is_displayed()
     page.find("#key").send_keys(TOKEN + "\n")
     page.wait("about", "updated")
     page.driver.refresh()
