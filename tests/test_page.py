@@ -17,6 +17,7 @@ from judge import VERDICTS
 waits = pytest.importorskip("selenium.webdriver.support.wait")
 chains = pytest.importorskip("selenium.webdriver.common.action_chains")
 keys = pytest.importorskip("selenium.webdriver.common.keys")
+conditions = pytest.importorskip("selenium.webdriver.support.expected_conditions")
 
 pytestmark = pytest.mark.debian("chromium")
 HOSTILE = "<img src=x onerror=window.hacked=1>"
@@ -192,6 +193,23 @@ def test_values_of_the_latency_line_are_read_by_pointer_and_by_keys(
     assert slider.get_property("value") == "1"
     assert re.search(VALUE, slider.get_attribute("aria-valuetext"))
     assert page.text("read-off") == slider.get_attribute("aria-valuetext")
+
+
+def test_value_that_is_being_read_stays_when_another_request_ends(
+    open_page: Any, service: Service
+) -> None:
+    service.chat()
+    page = open_page()
+    page.wait("latency", "0 m?s")
+    slider = page.find("#latency input")
+    page.driver.execute_script("arguments[0].focus()", slider)
+    being_read = page.wait("read-off", VALUE)
+
+    service.chat()
+    waits.WebDriverWait(page.driver, 8).until(conditions.staleness_of(slider))
+
+    assert page.driver.execute_script("return document.activeElement.dataset.key") == "latency"
+    assert page.text("read-off") == being_read
 
 
 def test_slow_model_is_named(open_page: Any, service: Service, upstream: Upstream) -> None:
