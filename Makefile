@@ -9,7 +9,7 @@ PINNED := $(wildcard requirements.lock)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test floors lint lock bench drill cluster clean
+.PHONY: help install run check route test floors lint lock bench drill cluster clean
 
 help:  ## show this list
 	@$(PYTHON) -c 'import re; print("\n".join("make %-9s %s" % row for row in re.findall(r"(?m)^([a-z-]+):.*## (.*)", open("Makefile").read())))'
@@ -18,6 +18,15 @@ install: $(VENV)/.installed  ## make the virtual environment with what the servi
 
 run: $(VENV)/.installed  ## serve on 127.0.0.1:3456; without a key it answers with demo texts
 	@$(BIN)/python router.py serve --or-demo
+
+check: $(VENV)/.installed  ## say what is wrong with routes.json and the settings (LIVE=1: ask the upstreams, too)
+	@$(BIN)/python router.py check $(if $(LIVE),--live)
+
+# In the environment, not on the line: a text may hold any character.
+route: export ROUTE_TEXT = $(value TEXT)
+route: $(VENV)/.installed  ## say where a text would go and why: make route TEXT="..."
+	@test -n "$$ROUTE_TEXT" || { echo 'write: make route TEXT="what a person would say"'; exit 2; }
+	@$(BIN)/python router.py route -- "$$ROUTE_TEXT"
 
 test: $(VENV)/.installed-tests  ## run all tests, with real servers on this machine only; 5 min
 	@$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -47,7 +47,7 @@ from routes_file import (
     read_file,
     replace_file,
 )  # fmt: skip
-from startup import Settings, SettingsError
+from settings import Settings, SettingsError
 from wire import where_it_broke
 
 log = logging.getLogger("llm_router")

@@ -18,9 +18,9 @@ from typing import Any
 import flask
 from werkzeug.exceptions import HTTPException
 
-from addresses import is_address, is_loopback
+from addresses import is_address, is_loopback, read_host
 from routes_file import Refused
-from startup import Settings
+from settings import Settings, hint
 from wire import Full, where_it_broke
 
 log = logging.getLogger("llm_router")
@@ -38,6 +38,9 @@ FORWARDED = (
 OUR_NAMES = ("localhost", "host.docker.internal")  # the second is how a container calls its host
 
 
+_SLASHES = re.compile("//+")
+
+
 class App(flask.Flask):
     """Flask, with what differs from its defaults, and a short way for chat requests.
 
@@ -52,14 +55,17 @@ class App(flask.Flask):
         most = (max_body_mb << 20) + 1
         self.config.update(MAX_CONTENT_LENGTH=most, PROVIDE_AUTOMATIC_OPTIONS=False)
         self.json.sort_keys = False  # type: ignore[attr-defined]
-        self.url_map.merge_slashes = False  # it would answer // with a redirect
+        self.url_map.merge_slashes = False  # `wsgi_app` does; this would answer with a redirect
         self.extensions["page"] = read_page(page)
         for path in CHAT_PATHS:  # for the other methods: a 405 instead of a 404
             self.add_url_rule(path, "chat", methods=["POST"])
 
     def wsgi_app(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         """Answer one request."""
-        if environ["PATH_INFO"] not in CHAT_PATHS or environ["REQUEST_METHOD"] != "POST":
+        path = environ["PATH_INFO"]
+        if "//" in path:  # a base URL that ends in a slash; every door looks at the same path
+            path = environ["PATH_INFO"] = _SLASHES.sub("/", path)
+        if path not in CHAT_PATHS or environ["REQUEST_METHOD"] != "POST":
             return super().wsgi_app(environ, start_response)
         request = self.request_class(environ, populate_request=False)  # they would form a circle
         request.max_content_length = self.config["MAX_CONTENT_LENGTH"]
@@ -136,7 +142,7 @@ def invalid(detail: list[dict[str, Any]]) -> RouterError:
     return RouterError(422, "invalid_request_error", message, param=where, detail=detail)
 
 
-def translated(e: Exception) -> RouterError:
+def translated(e: Exception, path: str = "") -> RouterError:
     """Whatever was raised, as our error; a bug is a 500 that blames no model and logs no value."""
     if isinstance(e, RouterError):
         return e
@@ -151,12 +157,50 @@ def translated(e: Exception) -> RouterError:
         log.error("internal_error", {"where": where_it_broke()})
         return RouterError(500, "internal_error", "the router has a bug; its log says where",
                            headers={"x-should-retry": "false"})  # fmt: skip
-    known = {404: ("not_found", "there is no such route; GET / lists them"),
+    known = {404: ("not_found", no_such_route(path)),
              405: ("method_not_allowed", "this route does not take that method"),
              413: ("request_too_large", "the body is over ROUTER_MAX_BODY_MB")}  # fmt: skip
     kind, text = known.get(e.code or 500, ("bad_request", e.name))
     allow = {key: value for key, value in e.get_headers() if key == "Allow"}
     return RouterError(e.code or 500, kind, text, headers=allow)
+
+
+SPOKEN = ("/v1/chat/completions", "/v1/models", "/route", "/health", "/health/ready", "/metrics",
+          "/config", "/config/category", "/config/model-mapping",
+          "/circuit-breaker/reset-all")  # fmt: skip
+NOT_SPOKEN = {
+    "/completions": "text completions are", "/images": "images are", "/audio": "audio is",
+    "/moderations": "moderations are", "/embeddings": "embeddings are", "/files": "files are",
+    "/fine_tuning": "fine-tuning is", "/batches": "batches are", "/assistants": "assistants are",
+    "/threads": "threads are", "/vector_stores": "vector stores are", "/realtime": "realtime is",
+    "/responses": "the Responses API is", "/messages": "Anthropic's Messages API is",
+    "/rerank": "reranking is", "/api": "Ollama's own API is",
+}  # fmt: skip
+SEGMENTS = frozenset("/".join([*SPOKEN, *NOT_SPOKEN, "openai generations edits speech v2 "
+                     "transcriptions translations chat tags generate beta"]).replace(" ", "/")
+                     .split("/"))  # fmt: skip
+
+
+def no_such_route(path: str) -> str:
+    """What to answer on a path that is none of ours: what was perhaps meant."""
+    plain, short = f"/{path.strip('/')}", f"/{path.strip('/')}"
+    while short.startswith("/v1/"):
+        short = short.removeprefix("/v1")
+    if plain.startswith("/v1/v1/"):
+        return f"the path begins with /v1 twice: leave it out of the base URL; /v1{short} is meant"
+    for head, what in NOT_SPOKEN.items():
+        if f"{short}/".startswith(f"{head}/"):
+            return f"{what} not spoken here; POST /v1/chat/completions is"
+    meant = next((known for known in SPOKEN if plain.endswith(known.removeprefix("/v1"))), "")
+    if meant:
+        return f"there is no such route; the base URL should end in /v1, then {meant} is asked"
+    return f"there is no such route; GET / lists them{hint(plain, SPOKEN, 0.8)}"
+
+
+def known_part(path: str) -> str:
+    """`path` for the log: segments that no API's path holds are `*`, for they may be secrets."""
+    segments = path.strip("/").split("/")[:8]
+    return "/" + "/".join(part if part in SEGMENTS else "*" for part in segments)
 
 
 _KEY_SHAPES = re.compile(r"(?i)bearer\s+\S+|\b(?:sk|pk|rk|key|gsk|xai)[-_][\w-]{8,}|AIza[\w-]{20,}")
@@ -199,19 +243,64 @@ def guard(request: flask.Request, settings: Settings) -> None:
 
 def check_origin(request: flask.Request, settings: Settings) -> None:
     """403 for a host name that is not ours (a page may point its own here) or another's page."""
-    host = host_of(request)
-    if host not in OUR_NAMES and host not in settings.allowed_hosts and not is_address(host):
-        text = f"the host name {scrub(host)[:100]!r} is not in ROUTER_ALLOWED_HOSTS"
+    environ, host = request.environ, host_of(request.environ)
+    # A load balancer's HTTP/1.0 needs no Host; no browser sends such a request.
+    nameless = "HTTP_HOST" not in environ and environ.get("SERVER_PROTOCOL") == "HTTP/1.0"
+    if not (host in OUR_NAMES or is_allowed(host, settings) or is_address(host) or nameless):
+        given = scrub(environ.get("HTTP_HOST", ""))[:100]
+        text = f"the host name {given!r} is not in ROUTER_ALLOWED_HOSTS"
         raise RouterError(403, "host_not_allowed", text)
-    environ = request.environ
+    if cors_headers(request, settings):
+        return
     origin = environ.get("HTTP_ORIGIN")
     foreign = origin is not None and origin.partition("://")[2] != environ.get("HTTP_HOST")
     other_site = environ.get("HTTP_SEC_FETCH_SITE", "none") not in ("none", "same-origin")
     visit = request.path == "/" and environ.get("HTTP_SEC_FETCH_MODE") == "navigate"
     if foreign or (other_site and not visit):
-        raise RouterError(
-            403, "origin_not_allowed", "pages of another origin may not use this router"
-        )
+        text = "pages of another origin may not use this router"
+        if not is_operators(request.path):
+            text += "; one that may is named in ROUTER_ALLOWED_ORIGINS"
+        raise RouterError(403, "origin_not_allowed", text)
+
+
+def is_allowed(host: str, settings: Settings) -> bool:
+    """True for a name in ROUTER_ALLOWED_HOSTS, or below one that is written `*.name` there."""
+    below = "." + host.partition(".")[2]
+    while below != ".":
+        if below in settings.allowed_hosts:
+            return True
+        below = "." + below[1:].partition(".")[2]
+    return host in settings.allowed_hosts
+
+
+def is_operators(path: str) -> bool:
+    """True for what shows or changes the state of the router: no page of another origin may."""
+    return path in ("/config", "/metrics") or path.startswith(("/config/", "/circuit-breaker/"))
+
+
+def cors_headers(request: flask.Request, settings: Settings) -> dict[str, str]:
+    """What a browser wants to see on an answer for an app of ROUTER_ALLOWED_ORIGINS; else {}."""
+    origin = request.environ.get("HTTP_ORIGIN", "")
+    if origin.lower() not in settings.allowed_origins or is_operators(request.path):
+        return {}
+    return {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": "*",
+            "Vary": "Origin"}  # fmt: skip
+
+
+def preflight(request: flask.Request, settings: Settings) -> flask.Response | None:
+    """The answer to a browser that asks what an app may send; None for any other request."""
+    allowed = cors_headers(request, settings)
+    if request.method != "OPTIONS" or not allowed:
+        return None
+    wanted = request.environ.get("HTTP_ACCESS_CONTROL_REQUEST_HEADERS", "")
+    return flask.Response(status=204, headers={
+        **allowed, "Access-Control-Allow-Methods": "GET, POST",
+        "Access-Control-Allow-Headers": wanted if _HEADER_NAMES.fullmatch(wanted) else "",
+        "Access-Control-Allow-Private-Network": "true", "Access-Control-Max-Age": "600",
+    })  # fmt: skip
+
+
+_HEADER_NAMES = re.compile(r"[\w, -]{0,2000}", re.A)
 
 
 def keys_needed(request: flask.Request, settings: Settings) -> dict[str, str]:
@@ -232,18 +321,15 @@ def keys_needed(request: flask.Request, settings: Settings) -> dict[str, str]:
 
 
 _ABSOLUTE = re.compile(r"[a-z][a-z0-9+.-]*://([^/?#]*)", re.I)
-_HOST = re.compile(r"(?:\[([0-9a-f:.%]+)\]|([^\[\]:]*))(?::[0-9]{0,5})?")
 
 
-def host_of(request: flask.Request) -> str:
+def host_of(environ: Mapping[str, Any]) -> str:
     """The host asked for, without port and brackets, in lower case; '' when it is malformed.
 
     A target such as `http://name/path` outranks the Host header (RFC 9112, 3.2.2).
     """
-    target = _ABSOLUTE.match(request.environ.get("RAW_URI", ""))
-    host = target[1] if target else request.environ.get("HTTP_HOST", "")
-    found = _HOST.fullmatch(host.strip().lower())
-    return (found[1] or found[2] or "") if found else ""
+    target = _ABSOLUTE.match(environ.get("RAW_URI", ""))
+    return read_host(target[1] if target else environ.get("HTTP_HOST", ""))
 
 
 def is_local(request: flask.Request) -> bool:
@@ -254,5 +340,5 @@ def is_local(request: flask.Request) -> bool:
         direct
         and modern
         and is_loopback(request.remote_addr or "")
-        and is_loopback(host_of(request))
+        and is_loopback(host_of(request.environ))
     )

@@ -12,25 +12,36 @@ import subprocess
 import sys
 
 
-def whole_number(name, default):
-    """The setting `name`; the start stops with its name when it is no whole number."""
-    value = os.environ.get(name) or str(default)
-    if not value.isdecimal() or int(value) < 1:
-        sys.exit(f"router: {name}: expected a whole number, got {value!r}")
-    return int(value)
-
-
-pin_cpu = os.environ.get("ROUTER_PIN_CPU") or "1"
-if pin_cpu not in ("0", "1"):
-    sys.exit(f"router: ROUTER_PIN_CPU: expected 0 or 1, got {pin_cpu!r}")
-
 here = pathlib.Path(__file__).resolve().parent
+sys.path[:0] = [] if str(here) in sys.path else [str(here)]
 
-bind = os.environ.get("ROUTER_BIND") or "127.0.0.1:3456"
+
+def load(name):
+    """A module of ours as it is on disk now; the master keeps none of them.
+
+    Workers are forked from the master: what it kept would be handed to them after a reload, too.
+    """
+    before = set(sys.modules)
+    importlib.invalidate_caches()
+    module = importlib.import_module(name)
+    for other in set(sys.modules) - before:
+        if str(here) in (getattr(sys.modules[other], "__file__", None) or ""):
+            del sys.modules[other]
+    return module
+
+
+settings = load("settings")
+try:
+    # By the parser that the service and its check use.
+    bind = settings.bind_in(os.environ)
+    threads = settings.threads_in(os.environ)
+    pin_cpu = settings.one_of(os.environ, "ROUTER_PIN_CPU", "1", "0")
+    loglevel = settings.one_of(os.environ, "ROUTER_GUNICORN_LOGLEVEL", *settings.LOG_LEVELS)
+except settings.SettingsError as e:
+    sys.exit(f"router: {e}")
 
 # Circuits, counters and permits live in one process; threads serve the concurrency.
 workers = 1
-threads = whole_number("ROUTER_THREADS", 64)
 
 # Every thread and as many idle connections again; the default of 1,000 is below 1,024 threads.
 worker_connections = max(1000, 2 * threads)
@@ -64,7 +75,6 @@ secure_scheme_headers = {}
 
 # One log, ours: gunicorn's access log would add a line per request without saying why.
 accesslog = None
-loglevel = os.environ.get("ROUTER_GUNICORN_LOGLEVEL") or "warning"
 
 proc_name = "llm-router"
 
@@ -88,9 +98,7 @@ def on_starting(server):
     check_port(server)
     # A child, because a master that imports router would hand old code to workers after a reload;
     # without Flask, which takes half of the time.
-    found = subprocess.run(
-        [sys.executable, str(here / "startup.py"), "check", "--banner"], check=False, cwd=here
-    )
+    found = subprocess.run([sys.executable, str(here / "startup.py")])
     if found.returncode:
         sys.exit(found.returncode)
 

@@ -88,6 +88,7 @@ class Attempt:
     outcome: str
     status: int | None
     seconds: float = 0.0
+    why: str = ""  # what came of it, for a person; not in figures
     usage: Mapping[str, Any] = field(default_factory=dict)
     tokens: Mapping[str, int] = field(default_factory=lambda: NO_TOKENS)
     cost_usd: float | None = None

@@ -32,6 +32,7 @@ import json
 import logging
 import math
 import os
+import re
 import secrets
 import socket
 import sys
@@ -46,6 +47,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 from urllib.parse import quote
 
+if __name__ == "__main__":  # from a fresh checkout, with whatever Python was typed
+    import bootstrap
+
+    bootstrap.use_environment()
+
 import flask
 import jsonschema
 import requests
@@ -54,7 +60,19 @@ from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 
 from carrier import Carrier, carried
 from chat import MOST_VALUES, Chat, fits, has_over, parse_object, read_object
-from doors import CHAT_PATHS, Answered, App, RouterError, guard, invalid, scrub, translated
+from doors import (
+    CHAT_PATHS,
+    Answered,
+    App,
+    RouterError,
+    cors_headers,
+    guard,
+    invalid,
+    known_part,
+    preflight,
+    scrub,
+    translated,
+)  # fmt: skip
 from events import Event, EventReader, read_batches
 from judge import VERDICTS, check_head, failure_from
 from metrics import (
@@ -89,7 +107,8 @@ from routes_file import (
     now_text,
     say_schema_error,
 )  # fmt: skip
-from startup import VERSION, Settings, SettingsError, main
+from settings import VERSION, Settings, SettingsError
+from startup import main
 from wire import (
     MAX_ANSWER,
     MAX_ERROR,
@@ -493,7 +512,11 @@ EXAMPLES = (
 
 
 class ClassifierError(Exception):
-    """The classifier did not answer; the message is one word for /health."""
+    """The classifier did not answer: one word, and a sentence for /health and the log."""
+
+    def __init__(self, reason: str, message: str = ""):
+        super().__init__(reason)
+        self.message = message
 
 
 class Classifier:
@@ -505,6 +528,7 @@ class Classifier:
         self._slots = threading.BoundedSemaphore(2)  # a third caller takes the keywords at once
         self._lock = threading.Lock()  # guards _cache
         self._cache: OrderedDict[tuple[str, str], str] = OrderedDict()
+        self._last: tuple[str, str] | None = None  # of the last call: ("", "") when it was good
 
     def ask(self, table: Table, text: str, flight: Flight) -> str | None:
         """The category the model names for `text`, or None when it is slow, busy, down or wrong."""
@@ -537,26 +561,41 @@ class Classifier:
             name = read_ollama(self._post(*ollama_call(table, text), flight, timeout_s), table)
             verdict = "good"
             self._breakers.commit(ticket, 1)
+            self._note("", "")
             return name
         except ClassifierError as e:
             reason = str(e)
             verdict = "none" if reason == "client_left" else "strike"
+            if verdict == "strike":
+                self._note(reason, e.message)
             return None
         finally:
             self._breakers.settle(ticket, verdict, CLASSIFIER_CIRCUIT, reason)
 
+    def _note(self, reason: str, message: str) -> None:
+        """Remember what came of a call; a new trouble is one log line."""
+        if reason and self._last != (reason, message):
+            log.warning("classifier_failing", {"reason": reason, "message": message})
+        self._last = reason, message
+
     def warm_up(self, table: Table, flight: Flight) -> None:
         """Make Ollama load the model, which may take a minute, before a request needs it."""
-        with contextlib.suppress(ClassifierError):
+        try:
             self._post(*ollama_call(table, "Hello"), flight, 60.0)
+            self._note("", "")
+        except ClassifierError as e:
+            self._note(str(e), e.message)
 
     def status(self, table: Table) -> dict[str, Any]:
-        """For /health: {status: off, unknown, ok or failing, reason}; never calls Ollama."""
-        circuit = self._breakers.snapshot().get("classifier")
-        if table.mode == "keywords" or circuit is None:
+        """For /health: {status: off, unknown, ok or failing, reason, message}; calls nobody."""
+        if table.mode == "keywords" or self._last is None:
             return {"status": "off" if table.mode == "keywords" else "unknown"}
-        failing = {"status": "failing", "reason": circuit["reason"]}
-        return failing if circuit["strikes"] else {"status": "ok"}
+        reason, message = self._last
+        return (
+            {"status": "failing", "reason": reason, "message": message}
+            if reason
+            else {"status": "ok"}
+        )
 
 
 def ollama_call(table: Table, text: str) -> tuple[str, bytes]:
@@ -580,14 +619,32 @@ def ollama_call(table: Table, text: str) -> tuple[str, bytes]:
     return table.ollama["base_url"].rstrip("/") + "/api/chat", json.dumps(body).encode()
 
 
+def ollama_trouble(base: str, model: str, status: int, data: bytes) -> ClassifierError:
+    """What an error of Ollama's means for a person."""
+    body = parse_loosely(data)
+    told = str(body.get("error", "")) if isinstance(body, dict) else ""
+    if status == 404 and "not found" in told:
+        return ClassifierError(
+            "no_model", f"Ollama at {base} has no model {model}: ollama pull {model}"
+        )
+    if status == 404:
+        return ClassifierError(
+            "not_found", f"{base}/api/chat is not found: is Ollama's base_url right?"
+        )
+    return ClassifierError(f"status {status}", f"Ollama at {base} answers with status {status}: "
+                                               f"{scrub(told)[:200] or 'no words'}")  # fmt: skip
+
+
 def read_ollama(data: bytes, table: Table) -> str:
     """The category in Ollama's answer; ClassifierError when it is none of the table's."""
     try:
         name = json.loads(json.loads(data)["message"]["content"])["category"]
     except (ValueError, TypeError, KeyError, RecursionError) as e:
-        raise ClassifierError("unreadable_answer") from e
+        text = f"{table.ollama['model']} does not answer in the form that was asked for"
+        raise ClassifierError("unreadable_answer", text) from e
     if not isinstance(name, str) or name not in table.categories:
-        raise ClassifierError("unknown_category")
+        text = f"{table.ollama['model']} names no category of routes.json"
+        raise ClassifierError("unknown_category", text)
     return name
 
 
@@ -693,7 +750,8 @@ class Upstreams:
         self._settings = settings
         self._session = session
         self._lines: dict[Upstream, Line] = {}
-        self._refused: dict[str, str] = {}  # upstream name -> since when it refuses our key
+        # upstream name -> since when it refuses our key, and when it last did by flight's clock
+        self._refused: dict[str, tuple[str, float]] = {}
 
     def key(self, upstream: Upstream) -> str:
         """Its API key; '' when the variable is not set."""
@@ -729,24 +787,41 @@ class Upstreams:
             raise
         return response
 
-    def note(self, upstream: Upstream, outcome: str) -> None:
+    def note(self, upstream: Upstream, outcome: str, now: float) -> None:
         """Remember for /health whether it takes our key."""
         if outcome == "unauthorized":
-            self._refused.setdefault(upstream.name, now_text())
+            since = self._refused.get(upstream.name, (now_text(), now))[0]
+            self._refused[upstream.name] = since, now
         elif outcome == "success":
             self._refused.pop(upstream.name, None)
+
+    def takes_key(self, upstream: Upstream, now: float) -> bool:
+        """False while it lately refused our key. Not for ever: who routes by /health/ready would
+        never find out that it takes it again."""
+        _, at = self._refused.get(upstream.name, ("", -math.inf))
+        return now - at > REFUSED_S
 
     def classify(self, url: str, body: bytes, flight: Flight, timeout_s: float) -> bytes:
         """Ollama's answer as bytes, for the classifier; ClassifierError after `timeout_s`."""
         flight.limit("classify", flight.clock() + timeout_s)
+        base = url.removesuffix("/api/chat")
         try:
             line = Line(self._session, url, self._settings.environ)
             with contextlib.closing(line.send([body], flight, min(0.5, timeout_s))) as response:
+                data = read_whole(response, flight, MAX_ERROR)
                 if response.status_code != 200:
-                    raise ClassifierError(f"status {response.status_code}")
-                return read_whole(response, flight, MAX_ERROR)
+                    raise ollama_trouble(
+                        base, json.loads(body)["model"], response.status_code, data
+                    )
+                return data
         except Failure as e:
-            raise ClassifierError(e.outcome) from e
+            if e.outcome == "classify":
+                text = f"Ollama at {base} did not answer within {timeout_s:g} s (timeout_sec)"
+            else:
+                text = f"Ollama at {base} is not reached: {e.message or e.outcome}"
+            if e.outcome == "connect":
+                text += '; start it, or write "routing_mode": "keywords" into routes.json'
+            raise ClassifierError(e.outcome, text) from e
         finally:
             flight.next_attempt()
 
@@ -754,12 +829,13 @@ class Upstreams:
         """For /health: {configured, and key_refused_since when its last answer was a 401}."""
         since = self._refused.get(upstream.name)
         return {"configured": self.has_key(upstream)} | (
-            {"key_refused_since": since} if since else {}
+            {"key_refused_since": since[0], "message": refused_key(upstream)} if since else {}
         )
 
 
 # --- the router: walk, relay ---------------------------------------------------------------------
 
+REFUSED_S = 300.0  # so long after a refused key the upstream does not count as ready
 RETRY_PAUSE_S = 0.3  # before the one retry on the same model
 RETRY_AFTER_MAX_S = 2.5  # a rate limit this short is waited for
 UPLOAD_S = 60  # an upload that takes longer than this has stalled
@@ -768,6 +844,18 @@ DONE = b"data: [DONE]\n\n"
 # What counts as a token; a role alone does not.
 SAYS = ("content", "reasoning", "reasoning_content", "tool_calls", "function_call", "refusal",
         "audio", "images")  # fmt: skip
+
+
+# Words of which servers make what they answer on a path they do not know.
+PATH_WORDS = frozenset(
+    "404 error page the requested resource url path route endpoint invalid no "
+    "not found cannot post get on this server was such nginx uri".split()
+)
+
+
+def says_nothing(text: str) -> bool:
+    """True for the text of a 404 that tells no more than the status."""
+    return PATH_WORDS.issuperset(re.sub(r"/\S*|[^\w\s]", " ", text.lower()).split())
 
 
 NO_CHAT = Chat(b"", {}, ())
@@ -1177,7 +1265,7 @@ class Router:
                 relay = self._open(call, model, spared=last and not ticket.probe)
             except Failure as failure:
                 self._note_failure(attempt, failure, self.clock() - began)
-                self.upstreams.note(model.upstream, failure.outcome)
+                self.upstreams.note(model.upstream, failure.outcome, self.clock())
                 if self._retry(call, ticket, failure):
                     continue
                 strike = "strike" if VERDICTS[failure.outcome].strike else "none"
@@ -1187,16 +1275,34 @@ class Router:
             attempt.outcome, attempt.status = "success", 200
             attempt.seconds = self.clock() - began
             call.relay, call.answer = relay, attempt
-            self.upstreams.note(model.upstream, "success")
+            self.upstreams.note(model.upstream, "success", self.clock())
             self.breakers.commit(ticket, call.table.breaker["failure_threshold"])
             call.first_token_s = self.clock() - call.started if call.stream else None
             return relay
 
     def _note_failure(self, attempt: Attempt, failure: Failure, seconds: float) -> None:
         attempt.outcome, attempt.status, attempt.seconds = failure.outcome, failure.status, seconds
+        attempt.why = self._sentence(attempt.model, failure)
         failure.attempt = attempt
         if failure.relay:
             attempt.price(failure.relay.usage)
+
+    def _sentence(self, model: Model, failure: Failure) -> str:
+        """What came of one attempt, for a person: where the next step begins."""
+        upstream, said = model.upstream, self._scrubbed(failure.message)
+        if failure.outcome == "unauthorized":
+            return refused_key(upstream)
+        if failure.outcome in ("connect", "tls") and said:
+            return f"{upstream.name} could not be reached: {said}"
+        if failure.outcome == "not_found" and says_nothing(said):
+            return f"{upstream.base_url}/chat/completions was not found (404): is base_url right?"
+        if failure.outcome == "payment" and said:
+            return f"{model.id} wants payment: {said}"
+        return f"{model.id} {VERDICTS[failure.outcome].says}"
+
+    def _scrubbed(self, text: str) -> str:
+        known = [self.settings.api_key, self.settings.admin_token, *self.upstreams.keys()]
+        return scrub(text, known) if text else ""
 
     def _open(self, call: Call, model: Model, *, spared: bool) -> Relay:
         """One exchange with one model, up to the commit; the connection is closed on Failure."""
@@ -1253,8 +1359,9 @@ class Router:
         """An upstream's refusal as it was, since the client can mend it; without any key in it."""
         status = 400 if refusal.outcome == "content_filter" else refusal.status or 400
         codes = {"context_length": "context_length_exceeded", "content_filter": "content_filter"}
-        known = [self.settings.api_key, self.settings.admin_token, *self.upstreams.keys()]
-        text = scrub(refusal.message, known) or f"the model {VERDICTS[refusal.outcome].says}"
+        text = self._scrubbed(refusal.message)
+        if says_nothing(text):
+            text = refusal.attempt.why
         return RouterError(status, "invalid_request_error", text, code=codes.get(refusal.outcome),
                            attempts=call.tries())  # fmt: skip
 
@@ -1276,7 +1383,7 @@ class Router:
                    "/metrics says why, POST /circuit-breaker/reset-all tries now"  # fmt: skip
             return RouterError(503, "all_circuits_open", text,
                                headers={"Retry-After": str(min(30, soonest_s))})  # fmt: skip
-        said = "; ".join(f"{a.model.id} {VERDICTS[a.outcome].says}" for a in call.attempts)
+        said = "; ".join(dict.fromkeys(attempt.why for attempt in call.attempts))
         text = f"no model of {call.category} answered: {said}"
         headers = {"x-should-retry": "false"}  # the SDKs would walk the chain three times
         return RouterError(500, "all_models_failed", text, headers=headers, attempts=call.tries())
@@ -1305,6 +1412,13 @@ class Router:
             call.seconds = self.clock() - call.started
             call.relay, call.chat = None, NO_CHAT  # call and relay know each other: free them now
             log.info("request", self.metrics.record(call))
+
+
+def refused_key(upstream: Upstream) -> str:
+    """Whose key which upstream does not take."""
+    if not upstream.api_key_env:
+        return f"{upstream.name} wants a key: name its variable as api_key_env in routes.json"
+    return f"{upstream.api_key_env} is refused by {upstream.name}"
 
 
 def _still_worth_trying(queue: list[Model], model: Model, failures: list[Failure]) -> list[Model]:
@@ -1357,10 +1471,11 @@ def chat(owner: Router, request: flask.Request) -> Answered:
     protocol = request.environ.get("SERVER_PROTOCOL")
     call.chunked = protocol == "HTTP/1.1"
     call.carrier = owner.carrier if protocol in ("HTTP/1.0", "HTTP/1.1") else None
-    return answer(owner, call, owner.walk(call, decision))
+    cors = cors_headers(request, owner.settings) if "HTTP_ORIGIN" in request.environ else {}
+    return answer(owner, call, owner.walk(call, decision), cors)
 
 
-def answer(owner: Router, call: Call, relay: Relay) -> Answered:
+def answer(owner: Router, call: Call, relay: Relay, cors: dict[str, str]) -> Answered:
     """The relay as a response; to close it ends the call, whatever became of it."""
     if call.stream:
         more = {"Content-Type": EVENTS, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -1369,7 +1484,7 @@ def answer(owner: Router, call: Call, relay: Relay) -> Answered:
         if call.answer:
             call.answer.price(relay.usage)
         more = {"Content-Type": "application/json", "Content-Length": str(len(relay.held[0]))}
-    more |= {"X-Router-Demo": "1"} if owner.settings.demo else {}
+    more |= cors | ({"X-Router-Demo": "1"} if owner.settings.demo else {})
     body = relay.stream() if call.stream else relay.held
     return Answered(body, ALWAYS | call.headers() | more, partial(owner.finish, call))
 
@@ -1460,7 +1575,12 @@ def health() -> dict[str, Any]:
 def ready() -> tuple[dict[str, Any], int]:
     """200 when some model has its key and a circuit that is not open, 503 otherwise."""
     chains = (model for category in router().table.categories.values() for model in category.models)
-    able = (m.id for m in chains if router().upstreams.has_key(m.upstream))
+    upstreams, now = router().upstreams, router().clock()
+    able = (
+        m.id
+        for m in chains
+        if upstreams.has_key(m.upstream) and upstreams.takes_key(m.upstream, now)
+    )
     is_ready = any(router().breakers.would_admit(id_) for id_ in able)
     return {"status": "ready" if is_ready else "not_ready"}, 200 if is_ready else 503
 
@@ -1574,9 +1694,12 @@ def create_app(settings: Settings | None = None, *, session: requests.Session | 
         owner.cluster = cluster.join(owner)
     rejections = log_rejections(settings.validation_log)
     app.register_blueprint(routes)
+    app.before_request(lambda: preflight(flask.request, settings))
     app.before_request(lambda: guard(flask.request, settings))
     app.after_request(add_headers)
-    app.register_error_handler(Exception, lambda e: error_response(translated(e), rejections))
+    app.register_error_handler(
+        Exception, lambda e: error_response(translated(e, flask.request.path), rejections)
+    )
     app.serve_chat = partial(serve_chat, app, settings, rejections)
     log.info("start", {"version": VERSION, "routes": str(settings.routes), "demo": settings.demo})
     if owner.store.table.mode != "keywords":
@@ -1620,7 +1743,7 @@ def request_schemas() -> dict[str, jsonschema.Draft202012Validator]:
 
 def add_headers(response: flask.Response) -> flask.Response:
     """Headers of every answer."""
-    for key, value in ALWAYS.items():
+    for key, value in (ALWAYS | cors_headers(flask.request, router().settings)).items():
         response.headers.setdefault(key, value)
     if router().settings.demo:
         response.headers["X-Router-Demo"] = "1"
@@ -1632,6 +1755,9 @@ def error_response(e: RouterError, rejections: logging.Logger) -> flask.Response
     call: Call | None = flask.request.environ.get(CALL)
     if call is None and flask.request.method == "POST" and flask.request.path in CHAT_PATHS:
         call = router().begin(None)  # refused at the door: counted, logged and named like others
+    elif call is None and e.error["type"] in ("not_found", "method_not_allowed"):
+        call = router().begin(None)  # the trace of a client with another base URL
+        call.reason = f"{flask.request.method} {known_part(flask.request.path)}"
     place = {
         "time": now_text(),
         "request_id": call.id if call else None,
@@ -1650,5 +1776,22 @@ def error_response(e: RouterError, rejections: logging.Logger) -> flask.Response
     return response
 
 
+def explain_here(settings: Settings, text: str) -> dict[str, Any]:
+    """The dry run of `text` without a service, which may ask Ollama; no circuit is known."""
+    log.addHandler(logging.NullHandler())  # the answer says it all
+    owner = Router(settings, new_session(1), time.monotonic)
+    call = owner.begin(None)
+    owner.flights.board(call.flight, counted=False)
+    try:
+        return explain(owner, call, read_object(as_chat(text)))
+    finally:
+        owner.flights.land(call.flight)
+
+
+def as_chat(text: str) -> bytes:
+    """The chat request of somebody who says `text` and nothing else."""
+    return json.dumps({"messages": [{"role": "user", "content": text}]}).encode()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(explain_here))

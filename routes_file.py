@@ -8,7 +8,6 @@ refusal is a `Refused` with the status and kind that the API shall answer with.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import fcntl
 import hashlib
 import json
@@ -24,11 +23,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
-from urllib.parse import urlsplit
 
 import jsonschema
 
+from addresses import read_url
 from prompts import is_entry
+from settings import decode, hint
 
 HERE = Path(__file__).resolve().parent
 log = logging.getLogger("llm_router")
@@ -364,7 +364,7 @@ def load_table(text: str, schema: jsonschema.Draft202012Validator) -> Table:
     try:
         raw = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     except json.JSONDecodeError as e:
-        raise RoutesError(f"line {e.lineno}, column {e.colno}: {e.msg}") from e
+        raise RoutesError(f"line {e.lineno}, column {e.colno}: {say_json_error(e)}") from e
     except (ValueError, RecursionError) as e:
         raise RoutesError(str(e) or "nested too deeply") from e
     if re.search(r"\\u[dD][89a-fA-F]", text) and not _is_text(raw):
@@ -377,6 +377,16 @@ def load_table(text: str, schema: jsonschema.Draft202012Validator) -> Table:
     if problems:
         raise RoutesError("\n".join(problems))
     return replace(table, doubts=tuple(_doubts(table, raw)))
+
+
+def say_json_error(e: json.JSONDecodeError) -> str:
+    """What is wrong with a JSON text, with a word on what people write into it most."""
+    if e.doc[e.pos : e.pos + 1] in ("/", "#"):
+        return "JSON knows no comments"
+    before = e.doc[: e.pos].rstrip()
+    if before.endswith(",") and e.doc[e.pos : e.pos + 1] in ("}", "]", ""):
+        return "a comma too many before the end"
+    return e.msg
 
 
 def _is_text(value: Any) -> bool:
@@ -394,9 +404,17 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _hint(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+TYPES = {"object": "an object {...}", "array": "a list [...]", "string": "text in quotes",
+         "integer": "a whole number", "number": "a number", "boolean": "true or false",
+         "null": "null"}  # fmt: skip
+SAYS = {
+    "uniqueItems": "should name each model once",
+    "minItems": "should be non-empty", "minProperties": "should be non-empty",
+    "minLength": "should be non-empty", "minimum": "should be at least {}",
+    "exclusiveMinimum": "should be more than {}", "maximum": "should be at most {}",
+    "maxItems": "should have at most {} entries", "maxProperties": "should have at most {} members",
+    "maxLength": "should have at most {} characters", "not": "is a reserved name",
+}  # fmt: skip
 
 
 def say_schema_error(e: jsonschema.ValidationError) -> str:
@@ -405,21 +423,21 @@ def say_schema_error(e: jsonschema.ValidationError) -> str:
     if kind == "additionalProperties":
         known = list(e.schema.get("properties", {})) if isinstance(e.schema, dict) else []
         extra = next(k for k in given if k not in known)
-        return f"unknown key {extra[:40]!r}{_hint(extra, known)}"
+        return f"unknown key {extra[:40]!r}{hint(extra, known)}"
     if kind == "required":
-        return e.message
+        return f"{next(key for key in wanted if key not in given)!r} is missing"
     if kind == "type":
-        return f"should be {wanted}"
-    if kind == "uniqueItems":
-        return "should name each model once"
-    if kind in ("minItems", "minProperties", "minLength"):
-        return "should be non-empty"
+        types = [wanted] if isinstance(wanted, str) else wanted
+        return f"should be {' or '.join(TYPES[name] for name in types)}"
     if kind == "enum":
         choices = [str(choice) for choice in wanted]
-        return f"should be one of {', '.join(choices)}{_hint(str(given), choices)}"
-    if "propertyNames" in e.schema_path:
-        return f"the name {str(given)[:40]!r} breaks the rule {json.dumps(wanted)[:80]}"
-    return f"breaks the rule {kind} {json.dumps(wanted)[:80]}"
+        return f"should be one of {', '.join(choices)}{hint(str(given), choices)}"
+    if kind == "pattern" and isinstance(e.schema, dict):
+        name = f"the name {str(given)[:40]!r} " if "propertyNames" in e.schema_path else ""
+        return name + str(e.schema.get("patternErrorMessage", "has a form that cannot be used"))
+    if kind == "anyOf":
+        return f"should hold {' or '.join(key for way in wanted for key in way['required'])}"
+    return SAYS[kind].format(wanted)
 
 
 def _build_table(text: str, raw: Mapping[str, Any]) -> Table:
@@ -427,8 +445,13 @@ def _build_table(text: str, raw: Mapping[str, Any]) -> Table:
         key: {**default, **raw.get(key, {})} if isinstance(default, dict) else raw.get(key, default)
         for key, default in DEFAULTS.items()
     }
-    upstreams = {name: Upstream(name, u["base_url"].rstrip("/"), u.get("api_key_env"))
-                 for name, u in raw["upstreams"].items()}  # fmt: skip
+    upstreams = {
+        name: Upstream(name, _base_url(f"$.upstreams.{name}", u["base_url"], ENDPOINTS),
+                       u.get("api_key_env"))
+        for name, u in raw["upstreams"].items()
+    }  # fmt: skip
+    ollama_url = _base_url("$.ollama", merged["ollama"]["base_url"], OLLAMA_ENDPOINTS)
+    merged["ollama"]["base_url"] = ollama_url
     models = {id_: _build_model(id_, m, upstreams) for id_, m in raw.get("models", {}).items()}
     chains = dict(_full_ids(raw))
     for id_ in (id_ for ids in chains.values() for id_ in ids):
@@ -450,11 +473,31 @@ def _build_table(text: str, raw: Mapping[str, Any]) -> Table:
     )  # fmt: skip
 
 
+# What the router appends to a base URL itself, or what stands where its paths begin.
+ENDPOINTS = (
+    "/chat/completions",
+    "/completions",
+    "/responses",
+    "/messages",
+    "/embeddings",
+    "/models",
+)
+OLLAMA_ENDPOINTS = ("/api/chat", "/api/generate", "/api/tags", "/api",
+                    "/v1/chat/completions", "/v1")  # fmt: skip
+
+
+def _base_url(place: str, text: str, endings: tuple[str, ...]) -> str:
+    try:
+        return read_url(text, endings)[0]
+    except ValueError as e:
+        raise RoutesError(f"{place}.base_url: {e}") from e
+
+
 def _build_model(id_: str, raw: Mapping[str, Any], upstreams: Mapping[str, Upstream]) -> Model:
     name = raw.get("upstream", next(iter(upstreams)))
     if name not in upstreams:
-        hint = _hint(name, upstreams)
-        raise RoutesError(f"$.models['{id_}'].upstream: is not in $.upstreams{hint}")
+        near = hint(name, upstreams)
+        raise RoutesError(f"$.models['{id_}'].upstream: is not in $.upstreams{near}")
     return Model(id_, upstreams[name], raw.get("cost"), raw.get("context"), raw.get("tools", True),
                  raw.get("images", True), raw.get("timeouts_sec", {}))  # fmt: skip
 
@@ -479,8 +522,8 @@ def _full_ids(raw: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
 def _cross_check(table: Table) -> Iterator[str]:
     """What the schema cannot say."""
     if table.default_category not in table.categories:
-        hint = _hint(table.default_category, table.categories)
-        yield f"$.default_category: is not in $.categories{hint}"
+        near = hint(table.default_category, table.categories)
+        yield f"$.default_category: is not in $.categories{near}"
     lists = {f"$.categories.{name}.keywords": c.keywords for name, c in table.categories.items()}
     for place, entries in {"$.continuations": table.continuations, **lists}.items():
         for n, entry in enumerate(entries):
@@ -497,24 +540,11 @@ def _cross_check(table: Table) -> Iterator[str]:
         )
     if table.breaker["first_retry_sec"] > table.breaker["recovery_timeout_sec"]:
         yield "$.circuit_breaker.first_retry_sec: should not be above recovery_timeout_sec"
-    urls = {f"$.upstreams.{u.name}": u.base_url for u in table.upstreams.values()}
-    for place, url in {**urls, "$.ollama": table.ollama["base_url"]}.items():
-        if not _usable_url(url):
-            yield f"{place}.base_url: should be http(s)://host[:port][/path], with no user or query"
-
-
-def _usable_url(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        port_fits = parts.port is None or parts.port > 0
-    except ValueError:
-        return False
-    plain = not (parts.username or parts.query or parts.fragment)
-    return parts.scheme in ("http", "https") and bool(parts.hostname) and plain and port_fits
 
 
 def _doubts(table: Table, raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     """Warnings: nothing is broken, but a person may want to know."""
+    yield from (((), sentence) for sentence in _doubts_about_urls(raw))
     owners: dict[str, str] = {}
     for name, category in table.categories.items():
         for word in dict.fromkeys(fold(e.rpartition("^")[0] or e) for e in category.keywords):
@@ -527,6 +557,18 @@ def _doubts(table: Table, raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, .
             if model.id not in raw.get("models", {}):
                 why = f"{model.id} of category {name} is not in `models`: no price, no context"
                 yield (name,), why
+
+
+def _doubts_about_urls(raw: Mapping[str, Any]) -> Iterator[str]:
+    for name, upstream in raw["upstreams"].items():
+        url, ending = read_url(upstream["base_url"], ENDPOINTS)
+        if ending:
+            yield f"upstream {name}: the router appends {ending} itself; asked is {url}{ending}"
+        elif not re.search(r"/v\d", url):
+            yield f"upstream {name}: {url} has no version at its end; most want {url}/v1"
+    url, ending = read_url(raw.get("ollama", {}).get("base_url", "http://ollama"), OLLAMA_ENDPOINTS)
+    if ending:
+        yield f"ollama: the router appends its path itself; asked is {url}/api/chat"
 
 
 def fold(text: str) -> str:
@@ -692,11 +734,11 @@ def read_file(path: Path) -> str:
     try:
         if not path.is_file() and path.exists():  # a pipe would wait for its writer
             raise Unreadable("cannot be read: not a regular file")
-        return path.read_bytes().decode()
+        return decode(path.read_bytes())
     except OSError as e:
         raise Unreadable(f"cannot be read: {e.strerror}") from e
     except UnicodeDecodeError as e:
-        raise RoutesError(f"byte {e.start} is not UTF-8") from e
+        raise RoutesError(f"byte {e.start} is not UTF-8: save the file as UTF-8") from e
 
 
 @contextlib.contextmanager

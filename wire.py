@@ -14,6 +14,7 @@ import http.client
 import json
 import logging
 import math
+import os
 import queue
 import re
 import select
@@ -36,6 +37,7 @@ import urllib3.connection
 from requests.adapters import HTTPAdapter
 
 from addresses import is_loopback
+from settings import SettingsError, ca_bundle
 
 log = logging.getLogger("llm_router")
 
@@ -603,6 +605,29 @@ class Failure(Exception):
         return self
 
 
+def proxies_for(url: str) -> dict[str, str]:
+    """The proxies of the environment that `url` is asked through, as requests wants them.
+
+    SettingsError with the variable's name when no request could use the one that counts.
+    """
+    if is_loopback(urlsplit(url).hostname or ""):
+        return {}
+    proxies: dict[str, str] = requests.utils.get_environ_proxies(url)
+    proxy = requests.utils.select_proxy(url, proxies)
+    if not proxy:
+        return {}
+    names = [name for name in os.environ if name.lower().endswith("_proxy")]
+    name = next((name for name in names if os.environ[name] == proxy), "HTTPS_PROXY")
+    try:
+        parts = urllib3.util.parse_url(requests.utils.prepend_scheme_if_needed(proxy, "http"))
+    except urllib3.exceptions.LocationParseError:
+        raise SettingsError(f"{name}: cannot be read as http://host:port") from None
+    if parts.scheme not in ("http", "https") or not parts.host:
+        raise SettingsError(f"{name}: only a proxy at http://host:port can be used, not "
+                            f"{parts.scheme}; change it, or name the host in NO_PROXY")  # fmt: skip
+    return proxies
+
+
 class Line:
     """One URL to post JSON to, prepared once: adapter, headers, proxy, certificates."""
 
@@ -610,13 +635,13 @@ class Line:
         self, session: requests.Session, url: str, environ: Mapping[str, str], key: str = ""
     ):
         self.url = requests.utils.requote_uri(url)
+        self.where = str(urllib3.util.parse_url(url).netloc)  # for what is said to a person
         self.key = key
         self.adapter = session.get_adapter(url)
-        self.verify = environ.get("REQUESTS_CA_BUNDLE") or True
-        local = is_loopback(urlsplit(url).hostname or "")
-        self.proxies = {} if local else requests.utils.get_environ_proxies(url)
+        self.verify = ca_bundle(environ) or True
+        self.proxies = proxies_for(url)
         self.headers = {
-            "Host": str(urllib3.util.parse_url(url).netloc),
+            "Host": self.where,
             "Content-Type": "application/json",
             "Accept": "application/json, text/event-stream",
             "Accept-Encoding": "identity",
@@ -637,7 +662,7 @@ class Line:
         headers: Any = {**self.headers, "Content-Length": str(sum(map(len, body)))}
         request.headers = headers
         _current.flight = flight
-        with translated(flight):
+        with translated(flight, self.where):
             return self.adapter.send(
                 request,
                 stream=True,
@@ -648,17 +673,18 @@ class Line:
 
 
 @contextlib.contextmanager
-def translated(flight: Flight) -> Iterator[None]:
+def translated(flight: Flight, where: str) -> Iterator[None]:
     """What requests and urllib3 raise before an answer's head has come, as a Failure."""
     try:
         yield
     except requests.exceptions.SSLError as e:
-        raise Failure(flight.why or "tls") from e
+        raise Failure(flight.why or "tls", what_failed(e, where)) from e
     except (urllib3.exceptions.TimeoutError, urllib3.exceptions.NewConnectionError) as e:
-        raise Failure(flight.why or "connect") from e
+        raise Failure(flight.why or "connect", what_failed(e, where)) from e
     except requests.exceptions.ConnectionError as e:
         reached = isinstance(e.args[0] if e.args else e, urllib3.exceptions.ProtocolError)
-        raise Failure(flight.why or ("reset" if reached else "connect")) from e
+        outcome = flight.why or ("reset" if reached else "connect")
+        raise Failure(outcome, "" if reached else what_failed(e, where)) from e
     except (
         requests.RequestException,
         urllib3.exceptions.HTTPError,
@@ -667,6 +693,25 @@ def translated(flight: Flight) -> Iterator[None]:
         raise Failure(flight.why or "not_an_answer") from e
     finally:
         _current.flight = None
+
+
+def what_failed(e: BaseException, where: str) -> str:
+    """A few words for a person: which host, and what of reaching it failed."""
+    causes: list[Any] = [e]
+    for cause in causes:  # libraries wrap them in each other, in three ways
+        inner = [cause.__cause__, cause.__context__, getattr(cause, "reason", None), *cause.args]
+        causes += [c for c in inner if isinstance(c, BaseException) and c not in causes]
+    proxy = any(isinstance(c, urllib3.exceptions.ProxyError) for c in causes)
+    at = f"{where}, through the proxy" if proxy else where
+    for cause in causes:
+        if isinstance(cause, socket.gaierror | urllib3.exceptions.NameResolutionError):
+            return f"the name {at.partition(':')[0]} cannot be resolved"
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return f"{at}: {cause.verify_message}"
+        if isinstance(cause, ssl.SSLError):
+            return f"{at}: TLS failed: {(cause.reason or 'broken off').lower().replace('_', ' ')}"
+    number = next((c.errno for c in causes if isinstance(c, OSError) and c.errno), None)
+    return f"{at}: {os.strerror(number).lower() if number else 'no answer in time'}"
 
 
 def read_chunks(response: requests.Response, flight: Flight) -> Iterator[bytes]:

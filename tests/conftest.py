@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,11 @@ PROGRAMS = {
     "wrk": "wrk",
     "sed": "sed",
 }
+
+
+# Ordinary users of Debian do not have it on their PATH; CI names an empty folder, to hide programs.
+SBIN = os.environ.get("TESTS_SBIN", "/usr/sbin:/sbin")
+os.environ["PATH"] = f"{os.environ['PATH']}:{SBIN}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -449,7 +449,9 @@ def test_a_dead_ollama_is_left_alone_for_a_while_and_health_says_so(asking, olla
         asking.chat(f"text {n}")
 
     assert len(ollama.requests) == 3
-    assert asking.get("/health").json["classifier"] == {"status": "failing", "reason": "status 503"}
+    told = asking.get("/health").json["classifier"]
+    assert (told["status"], told["reason"]) == ("failing", "status 503")
+    assert "answers with status 503" in told["message"]
 
 
 def test_at_most_two_ask_ollama_at_once(asking, ollama):

@@ -17,7 +17,7 @@ GONE = object()
 
 def routes_with(*path: str | int, value: Any) -> dict[str, Any]:
     """The small routes with one place changed (GONE: dropped)."""
-    routes = json.loads(json.dumps(small_routes("http://127.0.0.1:1")))
+    routes = json.loads(json.dumps(small_routes("http://127.0.0.1:1/v1")))
     node: Any = routes
     for key in path[:-1]:
         node = node.setdefault(key, {}) if isinstance(node, dict) else node[key]
@@ -75,13 +75,13 @@ def test_odd_json_is_an_error_like_any_other(text):
 
 
 def test_a_key_that_stands_twice_is_refused_by_its_name():
-    text = json.dumps(small_routes("http://127.0.0.1:1"))
+    text = json.dumps(small_routes("http://127.0.0.1:1/v1"))
 
     assert "'routing_mode' stands twice" in wrong('{"routing_mode": "hybrid", ' + text[1:])
 
 
 def test_a_category_that_stands_twice_is_refused_by_its_name():
-    text = json.dumps(small_routes("http://127.0.0.1:1"))
+    text = json.dumps(small_routes("http://127.0.0.1:1/v1"))
 
     twice = text.replace('"categories": {', '"categories": {"code": {"models": ["a/b"]}, ')
 
@@ -102,31 +102,33 @@ def test_a_number_beyond_all_floats_is_refused():
     [
         (["categories", "code", "models"], [], "$.categories.code.models: should be non-empty"),
         (["categories", "code", "models"], GONE,
-         "$.categories.code: 'models' is a required property"),
-        (["categories", "code", "models"], "glm-5", "$.categories.code.models: should be array"),
-        (["categories", "code", "models"], [5], "$.categories.code.models[0]: should be string"),
-        (["categories", "code", "models"], ["a b"], "$.categories.code.models[0]: breaks the rule"),
+         "$.categories.code: 'models' is missing"),
+        (["categories", "code", "models"], "glm-5", "$.categories.code.models: should be a list"),
+        (["categories", "code", "models"], [5],
+         "$.categories.code.models[0]: should be text in quotes"),
+        (["categories", "code", "models"], ["a b"],
+         "$.categories.code.models[0]: should be a model's id: plain characters"),
         (["categories", "code", "models"], [f"a/m{n}" for n in range(33)],
-         "$.categories.code.models: breaks the rule maxItems 32"),
+         "$.categories.code.models: should have at most 32 entries"),
         (["categories", "code", "keywords"], ["ok", ""], "$.categories.code.keywords[1]: "),
         (["categories", "code", "keywords"], ["?!"], "$.categories.code.keywords[0]: "),
         (["categories", "code", "keywords"], ["x" * 101],
-         "$.categories.code.keywords[0]: breaks the rule maxLength 100"),
+         "$.categories.code.keywords[0]: should have at most 100 characters"),
         (["categories", "code", "keywords"], ["x"] * 10_001,
-         "$.categories.code.keywords: breaks the rule maxItems 10000"),
+         "$.categories.code.keywords: should have at most 10000 entries"),
         (["categories", "code", "description"], "x" * 501,
-         "$.categories.code.description: breaks the rule maxLength 500"),
+         "$.categories.code.description: should have at most 500 characters"),
         (["categories", "code", "stream"], "hole",
          "$.categories.code.stream: should be one of live, whole; did you mean 'whole'?"),
         (["categories", "code", "keyword"], [],
          "$.categories.code: unknown key 'keyword'; did you mean 'keywords'?"),
         (["categories"], {}, "$.categories: should be non-empty"),
-        (["categories"], GONE, "$: 'categories' is a required property"),
-        (["upstreams"], GONE, "$: 'upstreams' is a required property"),
-        (["default_category"], GONE, "$: 'default_category' is a required property"),
+        (["categories"], GONE, "$: 'categories' is missing"),
+        (["upstreams"], GONE, "$: 'upstreams' is missing"),
+        (["default_category"], GONE, "$: 'default_category' is missing"),
         (["upstreams"], {}, "$.upstreams: should be non-empty"),
         (["upstreams", "local", "base_url"], GONE,
-         "$.upstreams.local: 'base_url' is a required property"),
+         "$.upstreams.local: 'base_url' is missing"),
         (["upstreams", "local", "api_key"], SECRET,
          "$.upstreams.local: unknown key 'api_key'; did you mean 'api_key_env'?"),
         (["routing_mode"], "hybird",
@@ -134,20 +136,21 @@ def test_a_number_beyond_all_floats_is_refused():
         (["tools_routing"], True, "$.tools_routing: should be one of auto, always, never"),
         (["routing_mod"], "hybrid", "$: unknown key 'routing_mod'; did you mean 'routing_mode'?"),
         (["zzz"], 1, "$: unknown key 'zzz'"),
-        (["agent_tool_count"], 0, "$.agent_tool_count: breaks the rule minimum 1"),
-        (["agent_tool_count"], "8", "$.agent_tool_count: should be integer"),
-        (["daily_limit_usd"], 0, "$.daily_limit_usd: breaks the rule exclusiveMinimum 0"),
-        (["timeouts_sec", "idle"], -1, "$.timeouts_sec.idle: breaks the rule exclusiveMinimum 0"),
+        (["agent_tool_count"], 0, "$.agent_tool_count: should be at least 1"),
+        (["agent_tool_count"], "8", "$.agent_tool_count: should be a whole number"),
+        (["daily_limit_usd"], 0, "$.daily_limit_usd: should be more than 0"),
+        (["timeouts_sec", "idle"], -1, "$.timeouts_sec.idle: should be more than 0"),
         (["timeouts_sec", "first_tokn"], 1,
          "$.timeouts_sec: unknown key 'first_tokn'; did you mean 'first_token'?"),
         (["circuit_breaker", "failure_threshold"], 1.5,
-         "$.circuit_breaker.failure_threshold: should be integer"),
+         "$.circuit_breaker.failure_threshold: should be a whole number"),
         (["ollama", "model"], "", "$.ollama.model: should be non-empty"),
         (["models", "acme/one", "cost"], {"input": 1},
-         "$.models['acme/one'].cost: 'output' is a required property"),
+         "$.models['acme/one'].cost: 'output' is missing"),
         (["models", "acme/one", "cost", "input"], -1,
-         "$.models['acme/one'].cost.input: breaks the rule minimum 0"),
-        (["models", "acme/one", "tools"], "no", "$.models['acme/one'].tools: should be boolean"),
+         "$.models['acme/one'].cost.input: should be at least 0"),
+        (["models", "acme/one", "tools"], "no",
+         "$.models['acme/one'].tools: should be true or false"),
         (["models", "acme/one", "timeouts_sec", "total"], 5,
          "$.models['acme/one'].timeouts_sec: unknown key 'total'"),
         (["continuations"], [""], "$.continuations[0]: "),
@@ -252,7 +255,7 @@ def test_a_first_retry_above_the_longest_wait_is_refused():
 def test_a_url_that_cannot_work_is_refused(path, url):
     said = complaint(routes_with(*path, value=url))
 
-    assert said.startswith("$." + ".".join(path) + ": should be http(s)://")
+    assert said.startswith("$." + ".".join(path) + ": ")
 
 
 # --- short names ----
@@ -297,7 +300,7 @@ def test_a_short_name_means_the_same_whichever_category_stands_first(order):
     ("name", "found"), [("acme/one", "acme/one"), ("two", "acme/two"), ("three", None), ("", None)]
 )
 def test_a_name_resolves_to_one_full_id_or_none(name, found):
-    assert load(small_routes("http://127.0.0.1:1")).resolve(name) == found
+    assert load(small_routes("http://127.0.0.1:1/v1")).resolve(name) == found
 
 
 def test_an_ambiguous_name_in_a_call_is_a_422_with_the_candidates():
@@ -321,7 +324,7 @@ def test_models_that_share_a_short_name_are_shown_in_full():
 
 
 def test_a_plain_file_has_no_warnings():
-    assert load(small_routes("http://127.0.0.1:1")).warnings == ()
+    assert load(small_routes("http://127.0.0.1:1/v1")).warnings == ()
 
 
 @pytest.mark.parametrize("word", ["python", "Python", "pythòn", "python^3"])
@@ -380,7 +383,7 @@ def test_the_shipped_file_fits_and_warns_of_nothing_but_shared_keywords():
 
 @pytest.mark.parametrize("key", ["upstreams", "categories", "default_category"])
 def test_only_three_keys_are_required(key):
-    routes = {k: v for k, v in small_routes("http://127.0.0.1:1").items()
+    routes = {k: v for k, v in small_routes("http://127.0.0.1:1/v1").items()
               if k in ("upstreams", "categories", "default_category")}  # fmt: skip
 
     table = load(routes)

@@ -261,7 +261,7 @@ def test_a_request_in_flight_keeps_its_table(store, path):
         (TEXT.encode().replace(b"hello", b"h\xe9llo"), "byte "),
         (b"\xef\xbb\xbf" + TEXT.encode(), "line 1, column 1"),
         (b"[" * 50_000, ""),
-        (b"null", "$: should be object"),
+        (b"null", "$: should be an object"),
         (b"\0" * 500, "line 1, column 1"),
     ],
 )

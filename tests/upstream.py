@@ -31,7 +31,7 @@ class Request:
 
     @property
     def body(self) -> Any:
-        return json.loads(self.raw)
+        return json.loads(self.raw or b"{}")  # a GET has none
 
     @property
     def model(self) -> str:
