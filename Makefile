@@ -40,7 +40,7 @@ lint: $(VENV)/.installed-tests  ## ruff, mypy and bandit
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/bandit --quiet -c pyproject.toml *.py
+	@$(BIN)/bandit --quiet -r -c pyproject.toml *.py parts
 
 lock: $(VENV)/.installed-tests  ## pin all packages by hash in requirements.lock; install obeys it
 	@$(BIN)/pip-compile --quiet --generate-hashes --strip-extras --no-annotate --no-header \

@@ -30,7 +30,7 @@ def load(name):
     return module
 
 
-settings = load("settings")
+settings = load("parts.settings")
 try:
     # By the parser that the service and its check use.
     bind = settings.bind_in(os.environ)
@@ -80,8 +80,8 @@ proc_name = "llm-router"
 
 
 def load_worker():
-    """The class in worker.py, loaded anew: a reload must not go on with the master's old copy."""
-    spec = importlib.util.spec_from_file_location("worker", here / "worker.py")
+    """The worker class, loaded anew: a reload must not go on with the old copy of the master."""
+    spec = importlib.util.spec_from_file_location("worker", here / "parts" / "worker.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.Worker
@@ -98,7 +98,9 @@ def on_starting(server):
     check_port(server)
     # A child, because a master that imports router would hand old code to workers after a reload;
     # without Flask, which takes half of the time.
-    found = subprocess.run([sys.executable, str(here / "startup.py")])
+    found = subprocess.run(
+        [sys.executable, "-m", "parts.command"], env={**os.environ, "PYTHONPATH": str(here)}
+    )
     if found.returncode:
         sys.exit(found.returncode)
 

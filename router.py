@@ -48,7 +48,7 @@ from typing import Any, NamedTuple, cast
 from urllib.parse import quote
 
 if __name__ == "__main__":  # from a fresh checkout, with whatever Python was typed
-    import bootstrap
+    from parts import bootstrap
 
     bootstrap.use_environment()
 
@@ -58,9 +58,7 @@ import requests
 from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 
-from carrier import Carrier, carried
-from chat import MOST_VALUES, Chat, fits, has_over, parse_object, read_object
-from doors import (
+from parts.access import (
     CHAT_PATHS,
     Answered,
     App,
@@ -73,43 +71,11 @@ from doors import (
     scrub,
     translated,
 )  # fmt: skip
-from events import Event, EventReader, read_batches
-from judge import VERDICTS, check_head, failure_from
-from metrics import (
-    Attempt,
-    Gauges,
-    Metrics,
-    Record,
-    as_prometheus,
-    breaker_figures,
-    log_rejections,
-    log_to_stderr,
-)  # fmt: skip
-from prompts import (
-    LOOK_BACK,
-    POINTERS,
-    SURE,
-    Continuations,
-    Hit,
-    cap,
-    is_order,
-    parse_entry,
-    signals_of,
-    tokens_of,
-    user_texts,
-)  # fmt: skip
-from routes_file import (
-    BUILT_IN,
-    Model,
-    Store,
-    Table,
-    Upstream,
-    now_text,
-    say_schema_error,
-)  # fmt: skip
-from settings import VERSION, Settings, SettingsError
-from startup import main
-from wire import (
+from parts.carrier import Carrier, carried
+from parts.chat import MOST_VALUES, Chat, fits, has_over, parse_object, read_object
+from parts.command import main
+from parts.events import Event, EventReader, read_batches
+from parts.exchange import (
     MAX_ANSWER,
     MAX_ERROR,
     Answer,
@@ -123,6 +89,40 @@ from wire import (
     read_chunks,
     read_whole,
     where_it_broke,
+)  # fmt: skip
+from parts.judge import VERDICTS, check_head, failure_from
+from parts.metrics import (
+    Attempt,
+    Gauges,
+    Metrics,
+    Record,
+    as_prometheus,
+    breaker_figures,
+    log_rejections,
+    log_to_stderr,
+)  # fmt: skip
+from parts.prompts import (
+    LOOK_BACK,
+    POINTERS,
+    SURE,
+    Continuations,
+    Hit,
+    cap,
+    is_order,
+    parse_entry,
+    signals_of,
+    tokens_of,
+    user_texts,
+)  # fmt: skip
+from parts.settings import VERSION, Settings, SettingsError
+from parts.table import (
+    BUILT_IN,
+    Model,
+    Store,
+    Table,
+    Upstream,
+    now_text,
+    say_schema_error,
 )  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
@@ -1683,13 +1683,13 @@ def create_app(settings: Settings | None = None, *, session: requests.Session | 
     log_to_stderr(settings.log_format)
     session = session or new_session(settings.threads)
     if settings.demo:
-        import demo  # only here: a router with a key never loads it
+        from parts import demo  # only here: a router with a key never loads it
 
         session.mount("demo://", demo.DemoAdapter())
-    app = App(settings.max_body_mb, HERE / "dashboard.html")
+    app = App(settings.max_body_mb, HERE / "parts/dashboard.html")
     owner = app.extensions["router"] = Router(settings, session, clock)
     if settings.redis_url:
-        import cluster  # only here: one instance alone runs no line of it
+        from parts import cluster  # only here: one instance alone runs no line of it
 
         owner.cluster = cluster.join(owner)
     rejections = log_rejections(settings.validation_log)
@@ -1731,7 +1731,7 @@ def warm_up(owner: Router) -> None:
 @lru_cache(maxsize=1)
 def request_schemas() -> dict[str, jsonschema.Draft202012Validator]:
     """openapi.json's schemas, compiled once."""
-    components = json.loads((HERE / "openapi.json").read_text(encoding="utf-8"))["components"]
+    components = json.loads((HERE / "parts/openapi.json").read_text(encoding="utf-8"))["components"]
     names = ("ChatRequest", "RouteRequest", "CategoryChange", "MappingChange")
     return {
         name: jsonschema.Draft202012Validator(

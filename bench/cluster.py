@@ -148,7 +148,7 @@ def show_cost(two: Pair, seconds: float) -> None:
 
 def show_probe_cost(server: Redis) -> None:
     """How long a request waits for the lease of a probe, measured as the router asks."""
-    import cluster
+    from parts import cluster
 
     link = cluster.Link(server.url, "bench", time.monotonic)
     link.look()

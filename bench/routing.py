@@ -21,8 +21,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from parts.table import load_table, read_file, routes_schema  # noqa: E402
 from router import Chat, Chooser, Classifier, Decision, Flight  # noqa: E402
-from routes_file import load_table, read_file, routes_schema  # noqa: E402
 
 NAMES = ("tools", "code", "reasoning", "conversation")
 ENVELOPES = (

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from test_wire import wait_until
 
-from carrier import Carried, Carrier, carried
-from events import EventReader, shape_of
-from wire import Failure
+from parts.carrier import Carried, Carrier, carried
+from parts.events import EventReader, shape_of
+from parts.exchange import Failure
 
 PIECE = b"x" * 100_000
 

@@ -16,9 +16,9 @@ import routing
 from conftest import KEY, ROOT, LocalClient, settings_for, small_routes
 from upstream import Upstream, hang, plain, raw, slow
 
-import prompts
 import router as module
-from prompts import Continuations, clean, user_texts
+from parts import prompts
+from parts.prompts import Continuations, clean, user_texts
 
 CONTEXT = (
     "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>\nnotes: python\n<<<END_OPENCLAW_INTERNAL_CONTEXT>>>"

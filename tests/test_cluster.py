@@ -24,10 +24,10 @@ from conftest import ROOT, Service, free_port, settings_for, small_routes
 from test_nginx import SITE, Nginx, kill_all, wait_until
 from upstream import Upstream, error, hang, slow, whole
 
-import cluster
 import router as module
-import startup
-from routes_file import Refused
+from parts import cluster
+from parts import command as startup
+from parts.table import Refused
 
 pytestmark = pytest.mark.debian("redis")
 QUICK = {"failure_threshold": 3, "recovery_timeout_sec": 60, "first_retry_sec": 1}

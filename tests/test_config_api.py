@@ -21,7 +21,7 @@ from conftest import KEY, ROOT, LocalClient, Service, settings_for, small_routes
 from upstream import Upstream
 
 import router as module
-from routes_file import RoutesError
+from parts.table import RoutesError
 
 MODELS = ["acme/one", "acme/two"]
 CREATIVE = {

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from judge import VERDICTS, failure_from, judge
-from wire import retry_after_of
+from parts.exchange import retry_after_of
+from parts.judge import VERDICTS, failure_from, judge
 
 # --- the table, a line per row -----------------------------------------------------------------
 

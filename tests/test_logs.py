@@ -10,7 +10,7 @@ from conftest import KEY, LocalClient, settings_for
 from upstream import error, plain, stream, whole
 
 import router as module
-from metrics import EventFormatter
+from parts.metrics import EventFormatter
 
 
 def line_for(fields: dict, as_json: bool = False) -> str:

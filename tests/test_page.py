@@ -12,7 +12,7 @@ import pytest
 from service import ROOT, Service, free_port, small_routes
 from upstream import Upstream, error, hang, slow, whole
 
-from judge import VERDICTS
+from parts.judge import VERDICTS
 
 waits = pytest.importorskip("selenium.webdriver.support.wait")
 chains = pytest.importorskip("selenium.webdriver.common.action_chains")
@@ -433,6 +433,11 @@ def test_key_is_asked_for_and_kept_for_this_tab(chromium: Any, locked: Service) 
 
 
 def test_every_outcome_has_words() -> None:
-    said = (ROOT / "dashboard.html").read_text().partition("const SAYS = {")[2].partition("};")[0]
+    said = (
+        (ROOT / "parts/dashboard.html")
+        .read_text()
+        .partition("const SAYS = {")[2]
+        .partition("};")[0]
+    )
 
     assert set(re.findall(r"(\w+): \"", said)) == {*VERDICTS, "success"}

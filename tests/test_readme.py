@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, Service
 
 import router as module
-import settings
+from parts import settings
 
 README = (ROOT / "README.md").read_text()
 
@@ -71,7 +71,7 @@ def test_each_make_target_is_named():
 
 
 def test_each_error_status_and_outcome_header_is_named():
-    source = (ROOT / "router.py").read_text() + (ROOT / "doors.py").read_text()
+    source = (ROOT / "router.py").read_text() + (ROOT / "parts/access.py").read_text()
     statuses = set(re.findall(r"RouterError\(\s*(\d{3})", source))
     headers = set(re.findall(r'"(X-Router-[\w-]+)"', (ROOT / "router.py").read_text()))
 

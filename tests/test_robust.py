@@ -16,10 +16,10 @@ from conftest import LocalClient, Service, settings_for, small_routes
 from upstream import answer_body, drop_at_once, error, pieces, plain, sse, stream, whole
 
 import router as module
-from judge import judge
-from prompts import clean
-from routes_file import RoutesError, load_table, routes_schema
-from wire import retry_after_of
+from parts.exchange import retry_after_of
+from parts.judge import judge
+from parts.prompts import clean
+from parts.table import RoutesError, load_table, routes_schema
 
 
 @pytest.mark.parametrize("model", ["\\ud800", "a\\ud800b"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, small_routes
 
-from routes_file import Refused, RoutesError, load_table, routes_schema
+from parts.table import Refused, RoutesError, load_table, routes_schema
 
 SCHEMA = routes_schema()
 SECRET = "sk-or-v1-0123456789abcdef"

@@ -9,7 +9,7 @@ from conftest import ROOT, small_routes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from routes_file import BUILT_IN, load_table, pretty, routes_schema, scan_object, set_member
+from parts.table import BUILT_IN, load_table, pretty, routes_schema, scan_object, set_member
 
 SCHEMA = routes_schema()
 SHIPPED = (ROOT / "routes.json").read_bytes().decode()

@@ -242,7 +242,8 @@ def test_http_1_1_without_a_host_is_refused_as_before(service):
 
 
 def test_without_its_packages_it_says_what_to_do_instead_of_a_traceback(tmp_path):
-    for name in ("router.py", "bootstrap.py"):
+    (tmp_path / "parts").mkdir()
+    for name in ("router.py", "parts/bootstrap.py"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     command = [sys.executable, "-S", "-E", str(tmp_path / "router.py"), "check"]
 
@@ -253,7 +254,8 @@ def test_without_its_packages_it_says_what_to_do_instead_of_a_traceback(tmp_path
 
 
 def test_any_python_goes_on_with_the_virtual_environments(tmp_path):
-    for name in ("router.py", "bootstrap.py"):
+    (tmp_path / "parts").mkdir()
+    for name in ("router.py", "parts/bootstrap.py"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)

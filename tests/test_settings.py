@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Service, free_port, small_routes
 
-from settings import Settings, SettingsError, absolute_paths, read_dotenv, read_secret
+from parts.settings import Settings, SettingsError, absolute_paths, read_dotenv, read_secret
 
 KEY = "sk-or-v1-0123456789abcdef"
 

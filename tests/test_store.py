@@ -29,8 +29,8 @@ from conftest import Clock, small_routes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metrics import EventFormatter
-from routes_file import Refused, RoutesError, Store, Table, load_table
+from parts.metrics import EventFormatter
+from parts.table import Refused, RoutesError, Store, Table, load_table
 
 ROUTES = small_routes("http://127.0.0.1:1")
 TEXT = json.dumps(ROUTES, indent=2) + "\n"

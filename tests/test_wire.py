@@ -19,9 +19,9 @@ from conftest import LocalClient
 from upstream import DONE, Upstream, chunk, events, hang, pieces, raw, stream, whole
 from werkzeug.test import EnvironBuilder
 
-import wire
-from events import EventReader, parse_event, read_batches, read_events
-from wire import Failure, Flight, Flights, Full, Line, new_session
+from parts import exchange as wire
+from parts.events import EventReader, parse_event, read_batches, read_events
+from parts.exchange import Failure, Flight, Flights, Full, Line, new_session
 
 SMALL = b'{"model": "acme/one", "messages": []}'
 

@@ -25,7 +25,7 @@ from gunicorn.http import RequestParser, wsgi
 from gunicorn.http.errors import InvalidHeader, InvalidHeaderName, ParseException
 from hypothesis import given, settings
 
-import worker
+from parts import worker
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 

@@ -8,10 +8,10 @@ from urllib.parse import urlsplit
 
 import requests
 
-from addresses import is_loopback
-from routes_file import Table, Upstream
-from settings import Settings, ca_bundle, hint
-from wire import parse_loosely, what_failed
+from parts.addresses import is_loopback
+from parts.exchange import parse_loosely, what_failed
+from parts.settings import Settings, ca_bundle, hint
+from parts.table import Table, Upstream
 
 ASK_S = (5, 15)  # to connect, and to answer
 MOST = 16 << 20  # bytes of a list of models; OpenRouter's has 600 KB

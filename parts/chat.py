@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from doors import RouterError
-from routes_file import Member, depth_of, scan_object, values_of
+from parts.access import RouterError
+from parts.table import Member, depth_of, scan_object, values_of
 
 MOST_VALUES = 100_000  # a validator takes up to 50 µs for each
 MAX_DEPTH = 64  # real requests stay under 20; the C parser of json gives up near 1,000

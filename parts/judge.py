@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import requests
 
-from wire import MAX_ERROR, Failure, Flight, parse_loosely, read_whole, retry_after_of
+from parts.exchange import MAX_ERROR, Failure, Flight, parse_loosely, read_whole, retry_after_of
 
 
 class Verdict(NamedTuple):

@@ -26,9 +26,9 @@ from typing import Any, NamedTuple, NoReturn, cast
 
 import jsonschema
 
-from addresses import read_url
-from prompts import is_entry
-from settings import decode, hint
+from parts.addresses import read_url
+from parts.prompts import is_entry
+from parts.settings import decode, hint
 
 HERE = Path(__file__).resolve().parent
 log = logging.getLogger("llm_router")

@@ -36,8 +36,9 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from router import Breakers, Circuit, Router, Ticket
-from routes_file import (
+from parts.exchange import where_it_broke
+from parts.settings import Settings, SettingsError
+from parts.table import (
     Refused,
     RoutesError,
     Store,
@@ -47,8 +48,7 @@ from routes_file import (
     read_file,
     replace_file,
 )  # fmt: skip
-from settings import Settings, SettingsError
-from wire import where_it_broke
+from router import Breakers, Circuit, Router, Ticket
 
 log = logging.getLogger("llm_router")
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from addresses import is_address, is_loopback, read_host
+from parts.addresses import is_address, is_loopback, read_host
 
 VERSION = "0.4.0"
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 
 SECRETS = ("ROUTER_API_KEY", "ROUTER_ADMIN_TOKEN", "ROUTER_REDIS_URL")
 PATHS = ("ROUTER_ROUTES", "ROUTER_VALIDATION_LOG", "REQUESTS_CA_BUNDLE")

@@ -18,10 +18,10 @@ from typing import Any
 import flask
 from werkzeug.exceptions import HTTPException
 
-from addresses import is_address, is_loopback, read_host
-from routes_file import Refused
-from settings import Settings, hint
-from wire import Full, where_it_broke
+from parts.addresses import is_address, is_loopback, read_host
+from parts.exchange import Full, where_it_broke
+from parts.settings import Settings, hint
+from parts.table import Refused
 
 log = logging.getLogger("llm_router")
 

@@ -11,8 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from routes_file import RoutesError, Store, Table, Upstream, load_table, read_file, routes_schema
-from settings import (
+from parts.settings import (
     HERE,
     NAMES,
     VERSION,
@@ -23,6 +22,7 @@ from settings import (
     read_dotenv,
     read_secret,
 )  # fmt: skip
+from parts.table import RoutesError, Store, Table, Upstream, load_table, read_file, routes_schema
 
 __all__ = ["VERSION", "Settings", "SettingsError", "main", "read_dotenv", "read_secret"]
 
@@ -125,7 +125,9 @@ def in_file(path: Path, e: RoutesError) -> RoutesError:
 def check_proxies(table: Table) -> None:
     """SettingsError when a proxy of the environment stands before an upstream and is unusable."""
     if any(name.lower().endswith("_proxy") for name in os.environ):
-        from wire import proxies_for  # only here: a start without a proxy needs no HTTP client
+        from parts.exchange import (
+            proxies_for,  # only here: a start without a proxy needs no HTTP client
+        )
 
         for upstream in table.upstreams.values():
             proxies_for(upstream.base_url)
@@ -212,7 +214,7 @@ def run_check(file: str | None, live: bool, as_json: bool) -> int:
     warnings = [*table.warnings, *settings.doubts, *doubts_about(names, table)]
     found = []
     if live:
-        from live import ask_all  # only here: it needs an HTTP client
+        from parts.live import ask_all  # only here: it needs an HTTP client
 
         found = ask_all(settings, table)
     is_fine = all(finding.is_fine for finding in found)

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from wire import READ_SIZE, Failure
+from parts.exchange import READ_SIZE, Failure
 
 HAS_EPOLL = hasattr(select, "epoll")
 READ, WRITE = getattr(select, "EPOLLIN", 0), getattr(select, "EPOLLOUT", 0)

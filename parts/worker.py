@@ -289,7 +289,7 @@ class Threaded(gthread.ThreadWorker):
         except Exception:
             if not response.headers_sent:
                 raise
-            from wire import where_it_broke  # as in `handle_error`
+            from parts.exchange import where_it_broke  # as in `handle_error`
 
             log.error("internal_error", {"where": where_it_broke()})
             raise StopIteration from None  # gunicorn's word for it
@@ -322,7 +322,9 @@ class Threaded(gthread.ThreadWorker):
 
         gunicorn would log what the client sent, which may be a key or a prompt; we log the place.
         """
-        from wire import where_it_broke  # here, in the worker: the master keeps no code of ours
+        from parts.exchange import (
+            where_it_broke,  # here, in the worker: the master keeps no code of ours
+        )
 
         where = {"where": where_it_broke(), "address": addr[0] if addr else ""}
         log.warning("request_refused", where)

@@ -7,7 +7,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-PYTHON = Path(__file__).resolve().parent / ".venv" / "bin" / "python"
+PYTHON = Path(__file__).resolve().parent.parent / ".venv" / "bin" / "python"
 
 
 def use_environment() -> None:

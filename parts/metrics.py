@@ -29,7 +29,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.exposition import choose_encoder
 
-from routes_file import Model, Table, now_text
+from parts.table import Model, Table, now_text
 
 log = logging.getLogger("llm_router")
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from wire import Failure, parse_loosely
+from parts.exchange import Failure, parse_loosely
 
 MAX_EVENT = 8 << 20  # bytes of one event
 

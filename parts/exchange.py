@@ -36,8 +36,8 @@ import urllib3
 import urllib3.connection
 from requests.adapters import HTTPAdapter
 
-from addresses import is_loopback
-from settings import SettingsError, ca_bundle
+from parts.addresses import is_loopback
+from parts.settings import SettingsError, ca_bundle
 
 log = logging.getLogger("llm_router")
 
