@@ -62,45 +62,32 @@ from parts.access import (
     CHAT_PATHS,
     Answered,
     App,
-    RouterError,
     cors_headers,
     guard,
-    invalid,
-    known_part,
     preflight,
-    scrub,
     translated,
 )  # fmt: skip
 from parts.carrier import Carrier, carried
-from parts.chat import MOST_VALUES, Chat, fits, has_over, parse_object, read_object
+from parts.chat import MOST_VALUES, Chat, fits, parse_object, read_object
 from parts.command import main
+from parts.errors import Failure, RouterError, invalid, known_part, scrub
 from parts.events import Event, EventReader, read_batches
 from parts.exchange import (
     MAX_ANSWER,
     MAX_ERROR,
     Answer,
-    Failure,
-    Flight,
-    Flights,
     Line,
     Pieces,
     new_session,
-    parse_loosely,
     read_chunks,
     read_whole,
-    where_it_broke,
-)  # fmt: skip
+)
+from parts.flights import Flight, Flights
+from parts.jsontext import has_over, parse_loosely
 from parts.judge import VERDICTS, check_head, failure_from
-from parts.metrics import (
-    Attempt,
-    Gauges,
-    Metrics,
-    Record,
-    as_prometheus,
-    breaker_figures,
-    log_rejections,
-    log_to_stderr,
-)  # fmt: skip
+from parts.livefile import Store
+from parts.logs import log_rejections, log_to_stderr, now_text, where_it_broke
+from parts.metrics import Attempt, Gauges, Metrics, Record, as_prometheus, breaker_figures
 from parts.prompts import (
     LOOK_BACK,
     POINTERS,
@@ -115,15 +102,7 @@ from parts.prompts import (
     user_texts,
 )  # fmt: skip
 from parts.settings import VERSION, Settings, SettingsError
-from parts.table import (
-    BUILT_IN,
-    Model,
-    Store,
-    Table,
-    Upstream,
-    now_text,
-    say_schema_error,
-)  # fmt: skip
+from parts.table import BUILT_IN, Model, Table, Upstream, load_table, say_schema_error
 
 HERE = Path(__file__).resolve().parent
 log = logging.getLogger("llm_router")
@@ -1158,7 +1137,7 @@ class Router:
     def __init__(self, settings: Settings, session: requests.Session, clock: Callable[[], float]):
         self.settings = settings
         self.clock = clock
-        self.store = Store(settings.routes, clock)
+        self.store = Store(settings.routes, load_table, clock)
         self.breakers = Breakers(clock)
         self.flights = Flights(settings.threads, clock)
         self.carrier = Carrier()

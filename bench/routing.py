@@ -21,7 +21,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from parts.table import load_table, read_file, routes_schema  # noqa: E402
+from parts.livefile import read_file  # noqa: E402
+from parts.table import load_table  # noqa: E402
 from router import Chat, Chooser, Classifier, Decision, Flight  # noqa: E402
 
 NAMES = ("tools", "code", "reasoning", "conversation")
@@ -40,7 +41,7 @@ ENVELOPES = (
 
 def deciding() -> Any:
     """A function from messages to a Decision, by the shipped routes.json and keywords alone."""
-    table = load_table(read_file(ROOT / "routes.json"), routes_schema())
+    table = load_table(read_file(ROOT / "routes.json"))
     table = replace(table, mode="keywords")
     chooser = Chooser(Classifier(lambda *_: b""))
     flight = Flight(None, time.monotonic)

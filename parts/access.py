@@ -19,9 +19,9 @@ import flask
 from werkzeug.exceptions import HTTPException
 
 from parts.addresses import is_address, is_loopback, read_host
-from parts.exchange import Full, where_it_broke
-from parts.settings import Settings, hint
-from parts.table import Refused
+from parts.errors import Full, Refused, RouterError, no_such_route, scrub
+from parts.logs import where_it_broke
+from parts.settings import Settings
 
 log = logging.getLogger("llm_router")
 
@@ -113,111 +113,6 @@ def read_page(path: Path) -> tuple[bytes, str]:
         "frame-ancestors 'none'"
     )
     return text.encode(), policy
-
-
-class RouterError(Exception):
-    """An answer to the client that is an error: status, kind and a sentence to act on."""
-
-    def __init__(self, status: int, kind: str, message: str, *, param: str | None = None,
-                 code: str | None = None, headers: Mapping[str, str] | None = None,
-                 detail: list[dict[str, Any]] | None = None,
-                 attempts: list[dict[str, Any]] | None = None):  # fmt: skip
-        super().__init__(message)
-        self.status = status
-        self.headers = dict(headers or {})
-        self.detail = detail
-        self.error = {"message": message, "type": kind, "param": param, "code": code or kind}
-        if attempts is not None:
-            self.error["attempts"] = attempts  # type: ignore[assignment]
-
-    def body(self) -> dict[str, Any]:
-        """The envelope of OpenAI's API, which OpenClaw and the SDKs show best."""
-        return {"error": self.error} | ({} if self.detail is None else {"detail": self.detail})
-
-
-def invalid(detail: list[dict[str, Any]]) -> RouterError:
-    """The 422 for a body that does not fit: `detail` holds [{loc, msg}], never values."""
-    where = ".".join(str(part) for part in detail[0]["loc"])
-    message = f"{where}: {detail[0]['msg']}"
-    return RouterError(422, "invalid_request_error", message, param=where, detail=detail)
-
-
-def translated(e: Exception, path: str = "") -> RouterError:
-    """Whatever was raised, as our error; a bug is a 500 that blames no model and logs no value."""
-    if isinstance(e, RouterError):
-        return e
-    if isinstance(e, Full):
-        return RouterError(
-            503, "too_many_requests", f"{e}; try again", headers={"Retry-After": "1"}
-        )
-    if isinstance(e, Refused):
-        detail = [{"loc": ["body"], "msg": str(e)}] if e.status == 422 else None
-        return RouterError(e.status, e.kind, str(e), detail=detail)
-    if not isinstance(e, HTTPException):
-        log.error("internal_error", {"where": where_it_broke()})
-        return RouterError(500, "internal_error", "the router has a bug; its log says where",
-                           headers={"x-should-retry": "false"})  # fmt: skip
-    known = {404: ("not_found", no_such_route(path)),
-             405: ("method_not_allowed", "this route does not take that method"),
-             413: ("request_too_large", "the body is over ROUTER_MAX_BODY_MB")}  # fmt: skip
-    kind, text = known.get(e.code or 500, ("bad_request", e.name))
-    allow = {key: value for key, value in e.get_headers() if key == "Allow"}
-    return RouterError(e.code or 500, kind, text, headers=allow)
-
-
-SPOKEN = ("/v1/chat/completions", "/v1/models", "/route", "/health", "/health/ready", "/metrics",
-          "/config", "/config/category", "/config/model-mapping",
-          "/circuit-breaker/reset-all")  # fmt: skip
-NOT_SPOKEN = {
-    "/completions": "text completions are", "/images": "images are", "/audio": "audio is",
-    "/moderations": "moderations are", "/embeddings": "embeddings are", "/files": "files are",
-    "/fine_tuning": "fine-tuning is", "/batches": "batches are", "/assistants": "assistants are",
-    "/threads": "threads are", "/vector_stores": "vector stores are", "/realtime": "realtime is",
-    "/responses": "the Responses API is", "/messages": "Anthropic's Messages API is",
-    "/rerank": "reranking is", "/api": "Ollama's own API is",
-}  # fmt: skip
-SEGMENTS = frozenset("/".join([*SPOKEN, *NOT_SPOKEN, "openai generations edits speech v2 "
-                     "transcriptions translations chat tags generate beta"]).replace(" ", "/")
-                     .split("/"))  # fmt: skip
-
-
-def no_such_route(path: str) -> str:
-    """What to answer on a path that is none of ours: what was perhaps meant."""
-    plain, short = f"/{path.strip('/')}", f"/{path.strip('/')}"
-    while short.startswith("/v1/"):
-        short = short.removeprefix("/v1")
-    if plain.startswith("/v1/v1/"):
-        return f"the path begins with /v1 twice: leave it out of the base URL; /v1{short} is meant"
-    for head, what in NOT_SPOKEN.items():
-        if f"{short}/".startswith(f"{head}/"):
-            return f"{what} not spoken here; POST /v1/chat/completions is"
-    meant = next((known for known in SPOKEN if plain.endswith(known.removeprefix("/v1"))), "")
-    if meant:
-        return f"there is no such route; the base URL should end in /v1, then {meant} is asked"
-    return f"there is no such route; GET / lists them{hint(plain, SPOKEN, 0.8)}"
-
-
-def known_part(path: str) -> str:
-    """`path` for the log: segments that no API's path holds are `*`, for they may be secrets."""
-    segments = path.strip("/").split("/")[:8]
-    return "/" + "/".join(part if part in SEGMENTS else "*" for part in segments)
-
-
-_KEY_SHAPES = re.compile(r"(?i)bearer\s+\S+|\b(?:sk|pk|rk|key|gsk|xai)[-_][\w-]{8,}|AIza[\w-]{20,}")
-
-
-def scrub(text: str, known: Iterable[str] = ()) -> str:
-    """`text` for a person: known secrets and key-like words masked, controls gone, 600 chars."""
-    text = text[:4000]
-    for secret in filter(None, known):
-        text = text.replace(secret, "***")
-        squeezed = "".join(c for c in text if c.isprintable() and not c.isspace())
-        if (
-            len(secret) >= 8 and secret.casefold() in squeezed.casefold()
-        ):  # with a blank in its middle, or in capitals
-            return "***"
-    text = _KEY_SHAPES.sub("***", text)[:600]
-    return "".join(c if c.isprintable() else " " for c in text).strip()
 
 
 def guard(request: flask.Request, settings: Settings) -> None:
@@ -342,3 +237,26 @@ def is_local(request: flask.Request) -> bool:
         and is_loopback(request.remote_addr or "")
         and is_loopback(host_of(request.environ))
     )
+
+
+def translated(e: Exception, path: str = "") -> RouterError:
+    """Whatever was raised, as our error; a bug is a 500 that blames no model and logs no value."""
+    if isinstance(e, RouterError):
+        return e
+    if isinstance(e, Full):
+        return RouterError(
+            503, "too_many_requests", f"{e}; try again", headers={"Retry-After": "1"}
+        )
+    if isinstance(e, Refused):
+        detail = [{"loc": ["body"], "msg": str(e)}] if e.status == 422 else None
+        return RouterError(e.status, e.kind, str(e), detail=detail)
+    if not isinstance(e, HTTPException):
+        log.error("internal_error", {"where": where_it_broke()})
+        return RouterError(500, "internal_error", "the router has a bug; its log says where",
+                           headers={"x-should-retry": "false"})  # fmt: skip
+    known = {404: ("not_found", no_such_route(path)),
+             405: ("method_not_allowed", "this route does not take that method"),
+             413: ("request_too_large", "the body is over ROUTER_MAX_BODY_MB")}  # fmt: skip
+    kind, text = known.get(e.code or 500, ("bad_request", e.name))
+    allow = {key: value for key, value in e.get_headers() if key == "Allow"}
+    return RouterError(e.code or 500, kind, text, headers=allow)

@@ -17,7 +17,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from parts.exchange import READ_SIZE, Failure
+from parts.errors import Failure
+from parts.exchange import READ_SIZE
 
 HAS_EPOLL = hasattr(select, "epoll")
 READ, WRITE = getattr(select, "EPOLLIN", 0), getattr(select, "EPOLLOUT", 0)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from parts.access import RouterError
-from parts.table import Member, depth_of, scan_object, values_of
+from parts.errors import RouterError
+from parts.jsontext import Member, depth_of, scan_object
 
 MOST_VALUES = 100_000  # a validator takes up to 50 µs for each
 MAX_DEPTH = 64  # real requests stay under 20; the C parser of json gives up near 1,000
@@ -112,15 +112,6 @@ def parse_object(data: bytes) -> tuple[str, dict[str, Any], list[Member]]:
     else:
         return text, value, members
     raise RouterError(400, "invalid_json", f"the body is not a JSON object: {why}")
-
-
-def has_over(most: int, value: Any) -> bool:
-    """Whether `value` holds more than `most` values, at any depth; looking stops there."""
-    level, count = [value], 0
-    while level and count <= most:
-        count += len(level)
-        level = [v for node in level if isinstance(node, dict | list) for v in values_of(node)]
-    return count > most
 
 
 def fits(body: Mapping[str, Any]) -> bool:

@@ -36,18 +36,11 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from parts.exchange import where_it_broke
+from parts.errors import Refused, RoutesError
+from parts.livefile import Store, locked, read_file, replace_file
+from parts.logs import now_text, where_it_broke
 from parts.settings import Settings, SettingsError
-from parts.table import (
-    Refused,
-    RoutesError,
-    Store,
-    Table,
-    locked,
-    now_text,
-    read_file,
-    replace_file,
-)  # fmt: skip
+from parts.table import Table
 from router import Breakers, Circuit, Router, Ticket
 
 log = logging.getLogger("llm_router")

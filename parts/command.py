@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from parts.errors import RoutesError
+from parts.livefile import Store, read_file
 from parts.settings import (
     HERE,
     NAMES,
@@ -22,7 +24,7 @@ from parts.settings import (
     read_dotenv,
     read_secret,
 )  # fmt: skip
-from parts.table import RoutesError, Store, Table, Upstream, load_table, read_file, routes_schema
+from parts.table import Table, Upstream, load_table
 
 __all__ = ["VERSION", "Settings", "SettingsError", "main", "read_dotenv", "read_secret"]
 
@@ -106,7 +108,7 @@ def run_serve(or_demo: bool, as_json: bool) -> int:
 def table_for_start(settings: Settings) -> Table:
     """The table to start with: routes.json, or with a loud word the last good one."""
     try:
-        store = Store(settings.routes)
+        store = Store(settings.routes, load_table)
     except RoutesError as e:
         raise in_file(settings.routes, e) from e
     if store.error:
@@ -206,7 +208,7 @@ def run_check(file: str | None, live: bool, as_json: bool) -> int:
     settings, names = read_environment()
     path = Path(file) if file else settings.routes
     try:
-        table = load_table(read_file(path), routes_schema())
+        table = load_table(read_file(path))
     except RoutesError as e:
         raise in_file(path, e) from e
     check_proxies(table)

@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from parts.exchange import Failure, parse_loosely
+from parts.errors import Failure
+from parts.jsontext import parse_loosely
 
 MAX_EVENT = 8 << 20  # bytes of one event
 

@@ -11,23 +11,18 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import json
 import logging
 import math
 import os
 import queue
 import re
-import select
 import socket
 import ssl
-import sys
 import threading
 import time
-import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -37,183 +32,19 @@ import urllib3.connection
 from requests.adapters import HTTPAdapter
 
 from parts.addresses import is_loopback
+from parts.errors import Failure
+from parts.flights import Flight
 from parts.settings import SettingsError, ca_bundle
 
 log = logging.getLogger("llm_router")
 
-TICK_S = 0.25  # how often the watcher looks at clients and deadlines
-RESERVE = 8  # threads kept free of chats, so that /health and the admin routes always answer
 MAX_ANSWER = 32 << 20  # bytes of one whole answer, or of one held stream
 MAX_ERROR = 64 << 10  # bytes read of an error page
 READ_SIZE = 65536
 MAX_HEAD = 65536  # of an answer, in bytes
 MAX_HEADERS, MAX_LINE = 100, 65536  # of an answer's head, and of a line in it or its chunks
-_LEFT = getattr(select, "POLLRDHUP", 0)  # Linux; elsewhere a read of zero bytes tells
 Pieces = Sequence[bytes | memoryview]  # of a request's body
 _current = threading.local()  # .flight: whose upstream call this thread makes
-
-
-class Flight:
-    """One chat request in the air: its client, the upstream socket, and the next deadline."""
-
-    def __init__(self, client: socket.socket | None, clock: Callable[[], float]):
-        self.client = client
-        self.clock = clock
-        self.why: str | None = None  # what ended it, because a shutdown looks like a reset
-        self.due: tuple[float, str] = (math.inf, "")  # one value, so that the two always agree
-        self.landed = False
-        self.counted = True
-        self._lock = threading.Lock()  # guards the two below; held during a shutdown: no wait
-        self._over: threading.Event | None = None  # made by the first wait
-        self._sock: socket.socket | None = None
-
-    def limit(self, kind: str, at: float) -> None:
-        """From now on the watcher ends the flight as `kind` when the clock passes `at`."""
-        self.due = (at, kind)
-
-    def limit_first(self, *limits: tuple[float, str]) -> None:
-        """The same with whichever (time, kind) comes first."""
-        self.due = min(limits)
-
-    def end(self, why: str, due: tuple[float, str] | None = None) -> None:
-        """Shut the upstream socket down; its reader wakes up and finds `why`.
-
-        `due`: only if this deadline is still the one in force.
-        """
-        with self._lock:
-            if self.landed or self.why or (due is not None and due is not self.due):
-                return
-            self.why = why
-            hung_up = [self._sock]
-            if why == "client_left":  # or stopped reading or sending: our thread waits for it
-                hung_up.append(self.client)
-            for sock in filter(None, hung_up):
-                with contextlib.suppress(OSError):  # the plain method: TLS would say goodbye first
-                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
-            if self._over:
-                self._over.set()
-
-    def next_attempt(self) -> None:
-        """Forget a deadline that ended the last attempt, but not a client that left."""
-        with self._lock:
-            self.due = (math.inf, "")
-            if self.why not in (None, "client_left", "total"):
-                self.why = self._over = None
-
-    def wait(self, seconds: float) -> None:
-        """Sleep, unless the flight ends or has ended."""
-        with self._lock:
-            over = self._over = self._over or threading.Event()
-            if self.why:
-                over.set()
-        over.wait(seconds)
-
-    def attach(self, sock: socket.socket | None) -> None:
-        """Note the upstream socket in use; at once shut down when the flight is over."""
-        with self._lock:
-            self._sock = sock
-            if self.why and sock is not None:
-                with contextlib.suppress(OSError):
-                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-    def detach(self) -> bool:
-        """The connection goes back to the pool; False when it was shut down meanwhile."""
-        with self._lock:
-            self._sock = None
-            return self.why is None
-
-    def client_left(self) -> bool:
-        """True when the client's socket says so; only for platforms without POLLRDHUP."""
-        try:
-            flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
-            return self.client is not None and self.client.recv(1, flags) == b""
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-
-
-class Full(Exception):
-    """No permit is left; the message says how many there are."""
-
-
-class Flights:
-    """Everything in the air: a permit for each, and one thread that watches all of them."""
-
-    def __init__(self, threads: int, clock: Callable[[], float] = time.monotonic):
-        self.limit = max(1, threads - RESERVE)
-        self._clock = clock
-        self._lock = threading.Lock()  # guards _air and _watcher
-        self._air: set[Flight] = set()
-        self._uncounted = 0
-        self._busy = threading.Event()
-        self._watcher: threading.Thread | None = None
-
-    def __len__(self) -> int:
-        return len(self._air) - self._uncounted
-
-    def board(self, flight: Flight, *, counted: bool = True) -> None:
-        """Watch `flight` and give it a permit, at once; Full when all are taken.
-
-        Not `counted`: it is watched, but takes no permit.
-        """
-        with self._lock:
-            if counted and len(self) >= self.limit:
-                raise Full(f"{self.limit} requests are in flight, all that ROUTER_THREADS allows")
-            self._air.add(flight)
-            self._uncounted += not counted
-            flight.counted = counted
-            if self._watcher is None:  # not at import, nor before gunicorn has forked
-                self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
-                self._watcher.start()
-            if len(self._air) == 1:
-                self._busy.set()
-
-    def land(self, flight: Flight) -> None:
-        """Give the permit back; nothing shuts the flight's sockets down after this."""
-        with flight._lock:
-            flight.landed = True
-        with self._lock:
-            self._uncounted -= flight in self._air and not flight.counted
-            self._air.discard(flight)
-            if not self._air:
-                self._busy.clear()
-
-    def _watch(self) -> None:
-        while True:
-            self._busy.wait()
-            time.sleep(TICK_S)
-            try:
-                self.look()
-            except Exception:  # noqa: BLE001  must outlive anything: else nothing ever ends
-                log.error("watcher_error", {"where": where_it_broke()})
-
-    def look(self) -> None:
-        """End every flight whose client left or whose deadline passed."""
-        with self._lock:
-            air = list(self._air)
-        left, now = clients_that_left(air), self._clock()
-        for flight in air:
-            due = flight.due
-            if flight in left:
-                flight.end("client_left")
-            elif now >= due[0]:
-                flight.end(due[1], due)
-
-
-def clients_that_left(air: Iterable[Flight]) -> set[Flight]:
-    """The flights whose client closed its connection, or half of it."""
-    by_fd: dict[int, Flight] = {}
-    poll = select.poll()
-    for flight in air:
-        try:
-            fd = flight.client.fileno()  # type: ignore[union-attr]
-            poll.register(fd, _LEFT or select.POLLIN)
-        except (AttributeError, OSError, ValueError):  # no socket, or closed
-            continue
-        by_fd[fd] = flight
-    gone = {by_fd[fd] for fd, _ in poll.poll(0)}
-    return gone if _LEFT else {flight for flight in gone if flight.client_left()}
 
 
 HEX = re.compile(rb"[0-9a-fA-F]{1,15}(?=[ \t]*(?:;|$))")
@@ -581,30 +412,6 @@ def new_session(threads: int) -> requests.Session:
     return session
 
 
-class Failure(Exception):
-    """A call that brought no answer: one word for what happened, and what is known of it."""
-
-    def __init__(
-        self,
-        outcome: str,
-        message: str = "",
-        status: int | None = None,
-        retry_after_s: float | None = None,
-    ):
-        super().__init__(outcome)
-        self.outcome = outcome
-        self.message = message
-        self.status = status
-        self.retry_after_s = retry_after_s
-        self.relay: Any = None  # what it read so far: an empty answer may be passed on yet
-        self.attempt: Any = None
-
-    def bare(self) -> Failure:
-        """Without its history, whose frames would keep request and answer alive in a circle."""
-        self.__traceback__ = self.__cause__ = self.__context__ = None
-        return self
-
-
 def proxies_for(url: str) -> dict[str, str]:
     """The proxies of the environment that `url` is asked through, as requests wants them.
 
@@ -741,14 +548,6 @@ def read_whole(response: requests.Response, flight: Flight, limit: int = MAX_ANS
     return b"".join(chunks)
 
 
-def parse_loosely(data: bytes | str) -> Any:
-    """The JSON value in `data`, or None."""
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-
-
 def retry_after_of(value: str | None) -> float | None:
     """Seconds of a Retry-After header, a number or a date; None when absent or unreadable."""
     try:
@@ -759,12 +558,3 @@ def retry_after_of(value: str | None) -> float | None:
         except (TypeError, ValueError, OverflowError):
             return None
     return None if math.isnan(seconds) else min(max(0.0, seconds), 1e10)
-
-
-def where_it_broke() -> str:
-    """The current exception's type and frames; not its message, which may hold a prompt."""
-    kind, _, trace = sys.exc_info()
-    frames = [
-        f"{Path(f.filename).name}:{f.lineno}:{f.name}" for f in traceback.extract_tb(trace)[-6:]
-    ]
-    return f"{kind.__name__ if kind else 'unknown'}@{'<'.join(reversed(frames))}"

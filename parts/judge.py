@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 
 import requests
 
-from parts.exchange import MAX_ERROR, Failure, Flight, parse_loosely, read_whole, retry_after_of
+from parts.errors import Failure
+from parts.exchange import MAX_ERROR, read_whole, retry_after_of
+from parts.flights import Flight
+from parts.jsontext import parse_loosely
 
 
 class Verdict(NamedTuple):

@@ -9,8 +9,10 @@ from urllib.parse import urlsplit
 import requests
 
 from parts.addresses import is_loopback
-from parts.exchange import parse_loosely, what_failed
-from parts.settings import Settings, ca_bundle, hint
+from parts.errors import hint
+from parts.exchange import what_failed
+from parts.jsontext import parse_loosely
+from parts.settings import Settings, ca_bundle
 from parts.table import Table, Upstream
 
 ASK_S = (5, 15)  # to connect, and to answer

@@ -6,19 +6,15 @@ Nothing here knows Flask or HTTP.
 
 from __future__ import annotations
 
-import json
 import logging
 import logging.handlers
 import math
-import re
 import threading
 import time
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from prometheus_client.core import (
@@ -29,7 +25,8 @@ from prometheus_client.core import (
 )
 from prometheus_client.exposition import choose_encoder
 
-from parts.table import Model, Table, now_text
+from parts.logs import now_text
+from parts.table import Model, Table
 
 log = logging.getLogger("llm_router")
 
@@ -380,87 +377,3 @@ def _model_figures(id_: str, counts: Mapping[Key, int], sums: Mapping[Key, float
         "avg_latency_ms": round(1000 * sums.get(("latency", id_), 0.0) / n, 2) if n else None,
         **{f"p{p}_ms": round(1000 * seconds, 2) for p, seconds in at.items()},
     }
-
-
-class EventFormatter(logging.Formatter):
-    """Log records as one line of logfmt or JSON: `log.info("event", {"key": value})`.
-
-    Values with spaces or control characters are quoted and escaped, so that nothing from outside
-    can begin a line of its own.
-    """
-
-    def __init__(self, as_json: bool):
-        super().__init__()
-        self._as_json = as_json
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The line for `record`."""
-        fields = record.args if isinstance(record.args, dict) else {}
-        entry = {
-            "time": now_text(),
-            "level": record.levelname.lower(),
-            "event": record.msg if fields else record.getMessage(),
-            **fields,
-        }
-        if self._as_json:
-            return json.dumps(entry)
-        return " ".join([f"{k}={logfmt_value(v)}" for k, v in entry.items() if v not in SILENT])
-
-
-SILENT: tuple[Any, ...] = (None, "", [])  # values that tell nothing
-PLAIN = re.compile(r"[!#-<>-~]*")  # printable ASCII without blank, quote and equals sign
-
-
-def logfmt_value(value: Any) -> str:
-    """One value; attempts as model:outcome, booleans as JSON has them."""
-    if isinstance(value, list):
-        value = ",".join([f"{item['model']}:{item['outcome']}" for item in value])
-    elif isinstance(value, bool):
-        return "true" if value else "false"
-    text = str(value)
-    if isinstance(value, int | float):
-        return text
-    return text if PLAIN.fullmatch(text) else _quoted(text)
-
-
-_quoted = lru_cache(maxsize=256)(json.dumps)  # reasons, most of them told before
-
-
-def log_to_stderr(log_format: str) -> None:
-    """One line per event on stderr; again with another format for another app in a process."""
-    for handler in list(log.handlers):
-        log.removeHandler(handler)
-    handler = logging.StreamHandler()
-    handler.setFormatter(EventFormatter(log_format == "json"))
-    log.addHandler(handler)
-    log.propagate = False
-    # No line of ours names its source, thread or process; to look them up costs a third of a line.
-    logging._srcfile = None
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    log.setLevel(logging.INFO)
-
-
-def log_rejections(path: Path) -> logging.Logger:
-    """A logger for one JSON line per 422, in `path`, rotating; places and rules, never values."""
-    logger = logging.Logger("validation")
-    logger.addHandler(
-        RejectionFile(path, maxBytes=1_000_000, backupCount=1, encoding="utf-8", delay=True)
-    )
-    return logger
-
-
-class RejectionFile(logging.handlers.RotatingFileHandler):
-    """Opens its file for each line, of which there are few; a failure is one warning."""
-
-    warned = False
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Append one line."""
-        super().emit(record)
-        self.close()
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Say it once instead of printing a traceback with every line."""
-        if not self.warned:
-            self.warned = True
-            log.warning("validation_log_unwritable", {"file": self.baseFilename})

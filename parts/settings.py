@@ -6,15 +6,16 @@ two ways. Nothing here starts anything, and of the router only addresses.py is i
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
 from parts.addresses import is_address, is_loopback, read_host
+from parts.errors import hint
+from parts.jsontext import BOMS, decode
 
 VERSION = "0.4.0"
 HERE = Path(__file__).resolve().parent.parent
@@ -115,12 +116,6 @@ class Settings:
             found.append(f"ROUTER_VALIDATION_LOG: {self.validation_log} cannot be written; what "
                          "was wrong with refused bodies is not kept")  # fmt: skip
         return found
-
-
-def hint(word: str, known: Iterable[str], likeness: float = 0.6) -> str:
-    """`; did you mean ...?` when one of `known` is near, else ''."""
-    near = difflib.get_close_matches(word, list(known), 1, likeness)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 # --- one setting ---------------------------------------------------------------------------------
@@ -277,12 +272,6 @@ def _instance(environ: Mapping[str, str]) -> str:
 
 LINE = re.compile(r"(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)[ \t]*=[ \t]*(.*)")
 QUOTED = re.compile(r"""(?:"([^"]*)"|'([^']*)')[ \t]*(?:#.*)?""")
-BOMS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
-
-
-def decode(data: bytes) -> str:
-    """The text of a small file as editors and shells save it; UnicodeDecodeError."""
-    return data.decode(next((name for bom, name in BOMS if data.startswith(bom)), "utf-8"))
 
 
 def read_dotenv(path: Path) -> list[str]:

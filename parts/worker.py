@@ -289,7 +289,7 @@ class Threaded(gthread.ThreadWorker):
         except Exception:
             if not response.headers_sent:
                 raise
-            from parts.exchange import where_it_broke  # as in `handle_error`
+            from parts.logs import where_it_broke
 
             log.error("internal_error", {"where": where_it_broke()})
             raise StopIteration from None  # gunicorn's word for it
@@ -322,9 +322,7 @@ class Threaded(gthread.ThreadWorker):
 
         gunicorn would log what the client sent, which may be a key or a prompt; we log the place.
         """
-        from parts.exchange import (
-            where_it_broke,  # here, in the worker: the master keeps no code of ours
-        )
+        from parts.logs import where_it_broke
 
         where = {"where": where_it_broke(), "address": addr[0] if addr else ""}
         log.warning("request_refused", where)

@@ -15,7 +15,7 @@ from conftest import Clock
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from parts.metrics import EventFormatter
+from parts.logs import EventFormatter
 from router import Breakers, Ticket
 
 CONFIG = {"failure_threshold": 3, "recovery_timeout_sec": 300, "first_retry_sec": 5}

@@ -12,8 +12,8 @@ import pytest
 from test_wire import wait_until
 
 from parts.carrier import Carried, Carrier, carried
+from parts.errors import Failure
 from parts.events import EventReader, shape_of
-from parts.exchange import Failure
 
 PIECE = b"x" * 100_000
 

@@ -27,7 +27,7 @@ from upstream import Upstream, error, hang, slow, whole
 import router as module
 from parts import cluster
 from parts import command as startup
-from parts.table import Refused
+from parts.errors import Refused
 
 pytestmark = pytest.mark.debian("redis")
 QUICK = {"failure_threshold": 3, "recovery_timeout_sec": 60, "first_retry_sec": 1}

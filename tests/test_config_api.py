@@ -21,7 +21,7 @@ from conftest import KEY, ROOT, LocalClient, Service, settings_for, small_routes
 from upstream import Upstream
 
 import router as module
-from parts.table import RoutesError
+from parts.errors import RoutesError
 
 MODELS = ["acme/one", "acme/two"]
 CREATIVE = {
@@ -662,7 +662,7 @@ def checked(path: Path, text: str, **env: str) -> subprocess.CompletedProcess[st
     return check(str(path), **env)
 
 
-SMALL = json.dumps(small_routes("http://127.0.0.1:1"), indent=2)
+SMALL = json.dumps(small_routes("http://127.0.0.1:1/v1"), indent=2)
 
 
 def test_check_of_a_good_file_is_status_0(tmp_path):
@@ -721,7 +721,7 @@ def test_check_says_the_same_as_the_service(routes):
 
 
 def test_check_warns_of_unknown_models_missing_keys_and_unreachable_categories(tmp_path):
-    routes = small_routes("http://127.0.0.1:1")
+    routes = small_routes("http://127.0.0.1:1/v1")
     routes["categories"]["haiku"] = {"models": ["new/thing"]}
 
     found = checked(tmp_path / "mine.json", json.dumps(routes))

@@ -31,7 +31,7 @@ from upstream import (
 )  # fmt: skip
 
 import router as module
-from parts.metrics import EventFormatter
+from parts.logs import EventFormatter
 
 ONE, TWO, THREE = "acme/one", "acme/two", "acme/three"
 QUICK = {"connect": 1, "first_token": 0.3, "idle": 0.3, "answer": 0.3, "total": 5}

@@ -10,7 +10,7 @@ from conftest import KEY, LocalClient, settings_for
 from upstream import error, plain, stream, whole
 
 import router as module
-from parts.metrics import EventFormatter
+from parts.logs import EventFormatter
 
 
 def line_for(fields: dict, as_json: bool = False) -> str:

@@ -283,6 +283,6 @@ def test_the_next_day_begins_at_zero(limited, monkeypatch):
     limited.chat()
     tomorrow = time.time() + 86400
 
-    monkeypatch.setattr("metrics.time.time", lambda: tomorrow)
+    monkeypatch.setattr("parts.metrics.time.time", lambda: tomorrow)
 
     assert limited.chat().status_code == 200

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import router as module
 from parts.chat import fits, read_object
-from parts.table import depth_of, scan_object
+from parts.jsontext import depth_of, scan_object
 
 JSON = st.recursive(
     st.none()

@@ -16,10 +16,11 @@ from conftest import LocalClient, Service, settings_for, small_routes
 from upstream import answer_body, drop_at_once, error, pieces, plain, sse, stream, whole
 
 import router as module
+from parts.errors import RoutesError
 from parts.exchange import retry_after_of
 from parts.judge import judge
 from parts.prompts import clean
-from parts.table import RoutesError, load_table, routes_schema
+from parts.table import load_table
 
 
 @pytest.mark.parametrize("model", ["\\ud800", "a\\ud800b"])
@@ -246,7 +247,7 @@ def test_a_lone_surrogate_in_the_file_is_refused():
     text = json.dumps(small_routes("http://h")).replace("refactor*", "caf\\\\ud800 zz")
 
     with pytest.raises(RoutesError, match="surrogate"):
-        load_table(text.replace("\\\\ud800", "\\ud800"), routes_schema())
+        load_table(text.replace("\\\\ud800", "\\ud800"))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from conftest import ROOT, small_routes
 
-from parts.table import Refused, RoutesError, load_table, routes_schema
+from parts.errors import Refused, RoutesError
+from parts.table import load_table, routes_schema
 
 SCHEMA = routes_schema()
 SECRET = "sk-or-v1-0123456789abcdef"
@@ -28,7 +29,7 @@ def routes_with(*path: str | int, value: Any) -> dict[str, Any]:
 
 
 def load(routes: dict[str, Any]):
-    return load_table(json.dumps(routes), SCHEMA)
+    return load_table(json.dumps(routes))
 
 
 def complaint(routes: dict[str, Any]) -> str:
@@ -39,7 +40,7 @@ def complaint(routes: dict[str, Any]) -> str:
 
 def wrong(text: str) -> str:
     with pytest.raises(RoutesError) as caught:
-        load_table(text, SCHEMA)
+        load_table(text)
     return str(caught.value)
 
 
@@ -375,7 +376,7 @@ def test_warnings_come_in_the_order_of_the_file():
 
 
 def test_the_shipped_file_fits_and_warns_of_nothing_but_shared_keywords():
-    table = load_table((ROOT / "routes.json").read_text(), SCHEMA)
+    table = load_table((ROOT / "routes.json").read_text())
 
     assert list(table.categories) == ["tools", "code", "reasoning", "conversation"]
     assert [w for w in table.warnings if not w.startswith("keyword ")] == []

@@ -9,7 +9,8 @@ from conftest import ROOT, small_routes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parts.table import BUILT_IN, load_table, pretty, routes_schema, scan_object, set_member
+from parts.jsontext import pretty, scan_object, set_member
+from parts.table import BUILT_IN, load_table, routes_schema
 
 SCHEMA = routes_schema()
 SHIPPED = (ROOT / "routes.json").read_bytes().decode()
@@ -45,7 +46,7 @@ layouts = st.fixed_dictionaries(
 
 
 def shipped_table():
-    return load_table(SHIPPED, SCHEMA)
+    return load_table(SHIPPED)
 
 
 # --- scan_object ----
@@ -220,7 +221,7 @@ def test_a_category_made_and_deleted_gives_the_shipped_bytes_back():
 
     made = shipped_table().with_category("verse", given_, must_exist=False)
 
-    assert load_table(made, SCHEMA).without_category("verse") == SHIPPED
+    assert load_table(made).without_category("verse") == SHIPPED
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -231,7 +232,7 @@ def test_a_built_in_category_changed_and_changed_back_gives_the_shipped_bytes_ba
     changed = shipped_table().with_category(name, new, must_exist=True)
 
     assert changed != SHIPPED
-    assert load_table(changed, SCHEMA).with_category(name, old, must_exist=True) == SHIPPED
+    assert load_table(changed).with_category(name, old, must_exist=True) == SHIPPED
 
 
 def test_a_long_list_added_by_a_call_is_in_the_house_form_too():
@@ -244,12 +245,12 @@ def test_a_long_list_added_by_a_call_is_in_the_house_form_too():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_category_made_and_deleted_gives_the_bytes_of_a_hand_formatted_file_back(layout):
-    table = load_table(LAYOUTS[layout], SCHEMA)
+    table = load_table(LAYOUTS[layout])
 
     made = table.with_category("verse", {"models": ["a/b"]}, must_exist=False)
 
     assert json.loads(made)["categories"]["verse"] == {"models": ["a/b"]}
-    assert load_table(made, SCHEMA).without_category("verse") == LAYOUTS[layout]
+    assert load_table(made).without_category("verse") == LAYOUTS[layout]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -257,7 +258,7 @@ def test_one_changed_chain_leaves_the_rest_of_a_hand_formatted_file(layout):
     text = LAYOUTS[layout]
     at = text.index('"models"', text.index('"code"'))
 
-    changed = load_table(text, SCHEMA).with_category("code", {"models": ["a/b"]}, must_exist=True)
+    changed = load_table(text).with_category("code", {"models": ["a/b"]}, must_exist=True)
 
     assert changed.startswith(text[:at])
     assert changed.endswith(text[text.index("]", at) + 1 :])

@@ -20,8 +20,10 @@ from upstream import DONE, Upstream, chunk, events, hang, pieces, raw, stream, w
 from werkzeug.test import EnvironBuilder
 
 from parts import exchange as wire
+from parts.errors import Failure, Full
 from parts.events import EventReader, parse_event, read_batches, read_events
-from parts.exchange import Failure, Flight, Flights, Full, Line, new_session
+from parts.exchange import Line, new_session
+from parts.flights import Flight, Flights
 
 SMALL = b'{"model": "acme/one", "messages": []}'
 
@@ -121,7 +123,7 @@ def test_what_is_no_object_is_malformed_and_no_error(raw):
 
 
 def test_an_event_beyond_all_measure_is_refused_before_it_is_complete(monkeypatch):
-    monkeypatch.setattr("events.MAX_EVENT", 1000)
+    monkeypatch.setattr("parts.events.MAX_EVENT", 1000)
     endless = iter([b"data: " + b"x" * 600, b"x" * 600, b"never asked for"])
 
     with pytest.raises(Failure) as caught:
@@ -132,7 +134,7 @@ def test_an_event_beyond_all_measure_is_refused_before_it_is_complete(monkeypatc
 
 
 def test_many_small_events_may_be_larger_together_than_one_may_be(monkeypatch):
-    monkeypatch.setattr("events.MAX_EVENT", 1000)
+    monkeypatch.setattr("parts.events.MAX_EVENT", 1000)
 
     assert len(list(read_events([b'data: {"n": 1}\n\n' * 500]))) == 500
 

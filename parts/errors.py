@@ -1,0 +1,150 @@
+"""What may go wrong, each thing one exception, and how it is told to a client.
+
+Failure      one attempt brought no answer: the walk goes on with the next model, or ends
+RoutesError  routes.json cannot be used; Refused: what a client wants of it cannot be granted
+RouterError  an answer to the client that is an error
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+class RoutesError(Exception):
+    """routes.json cannot be used; the message says where and why, one line per finding."""
+
+
+class Unreadable(RoutesError):
+    """routes.json could not be read at all, perhaps only for now."""
+
+
+class Refused(RoutesError):
+    """A request about the file that cannot be granted; nothing was changed."""
+
+    def __init__(self, status: int, kind: str, message: str):
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+
+
+class Failure(Exception):
+    """A call that brought no answer: one word for what happened, and what is known of it."""
+
+    def __init__(
+        self,
+        outcome: str,
+        message: str = "",
+        status: int | None = None,
+        retry_after_s: float | None = None,
+    ):
+        super().__init__(outcome)
+        self.outcome = outcome
+        self.message = message
+        self.status = status
+        self.retry_after_s = retry_after_s
+        self.relay: Any = None  # what it read so far: an empty answer may be passed on yet
+        self.attempt: Any = None
+
+    def bare(self) -> Failure:
+        """Without its history, whose frames would keep request and answer alive in a circle."""
+        self.__traceback__ = self.__cause__ = self.__context__ = None
+        return self
+
+
+class Full(Exception):
+    """No permit is left; the message says how many there are."""
+
+
+class RouterError(Exception):
+    """An answer to the client that is an error: status, kind and a sentence to act on."""
+
+    def __init__(self, status: int, kind: str, message: str, *, param: str | None = None,
+                 code: str | None = None, headers: Mapping[str, str] | None = None,
+                 detail: list[dict[str, Any]] | None = None,
+                 attempts: list[dict[str, Any]] | None = None):  # fmt: skip
+        super().__init__(message)
+        self.status = status
+        self.headers = dict(headers or {})
+        self.detail = detail
+        self.error = {"message": message, "type": kind, "param": param, "code": code or kind}
+        if attempts is not None:
+            self.error["attempts"] = attempts  # type: ignore[assignment]
+
+    def body(self) -> dict[str, Any]:
+        """The envelope of OpenAI's API, which OpenClaw and the SDKs show best."""
+        return {"error": self.error} | ({} if self.detail is None else {"detail": self.detail})
+
+
+def invalid(detail: list[dict[str, Any]]) -> RouterError:
+    """The 422 for a body that does not fit: `detail` holds [{loc, msg}], never values."""
+    where = ".".join(str(part) for part in detail[0]["loc"])
+    message = f"{where}: {detail[0]['msg']}"
+    return RouterError(422, "invalid_request_error", message, param=where, detail=detail)
+
+
+SPOKEN = ("/v1/chat/completions", "/v1/models", "/route", "/health", "/health/ready", "/metrics",
+          "/config", "/config/category", "/config/model-mapping",
+          "/circuit-breaker/reset-all")  # fmt: skip
+
+
+NOT_SPOKEN = {
+    "/completions": "text completions are", "/images": "images are", "/audio": "audio is",
+    "/moderations": "moderations are", "/embeddings": "embeddings are", "/files": "files are",
+    "/fine_tuning": "fine-tuning is", "/batches": "batches are", "/assistants": "assistants are",
+    "/threads": "threads are", "/vector_stores": "vector stores are", "/realtime": "realtime is",
+    "/responses": "the Responses API is", "/messages": "Anthropic's Messages API is",
+    "/rerank": "reranking is", "/api": "Ollama's own API is",
+}  # fmt: skip
+
+
+SEGMENTS = frozenset("/".join([*SPOKEN, *NOT_SPOKEN, "openai generations edits speech v2 "
+                     "transcriptions translations chat tags generate beta"]).replace(" ", "/")
+                     .split("/"))  # fmt: skip
+
+
+def no_such_route(path: str) -> str:
+    """What to answer on a path that is none of ours: what was perhaps meant."""
+    plain, short = f"/{path.strip('/')}", f"/{path.strip('/')}"
+    while short.startswith("/v1/"):
+        short = short.removeprefix("/v1")
+    if plain.startswith("/v1/v1/"):
+        return f"the path begins with /v1 twice: leave it out of the base URL; /v1{short} is meant"
+    for head, what in NOT_SPOKEN.items():
+        if f"{short}/".startswith(f"{head}/"):
+            return f"{what} not spoken here; POST /v1/chat/completions is"
+    meant = next((known for known in SPOKEN if plain.endswith(known.removeprefix("/v1"))), "")
+    if meant:
+        return f"there is no such route; the base URL should end in /v1, then {meant} is asked"
+    return f"there is no such route; GET / lists them{hint(plain, SPOKEN, 0.8)}"
+
+
+def known_part(path: str) -> str:
+    """`path` for the log: segments that no API's path holds are `*`, for they may be secrets."""
+    segments = path.strip("/").split("/")[:8]
+    return "/" + "/".join(part if part in SEGMENTS else "*" for part in segments)
+
+
+_KEY_SHAPES = re.compile(r"(?i)bearer\s+\S+|\b(?:sk|pk|rk|key|gsk|xai)[-_][\w-]{8,}|AIza[\w-]{20,}")
+
+
+def scrub(text: str, known: Iterable[str] = ()) -> str:
+    """`text` for a person: known secrets and key-like words masked, controls gone, 600 chars."""
+    text = text[:4000]
+    for secret in filter(None, known):
+        text = text.replace(secret, "***")
+        squeezed = "".join(c for c in text if c.isprintable() and not c.isspace())
+        if (
+            len(secret) >= 8 and secret.casefold() in squeezed.casefold()
+        ):  # with a blank in its middle, or in capitals
+            return "***"
+    text = _KEY_SHAPES.sub("***", text)[:600]
+    return "".join(c if c.isprintable() else " " for c in text).strip()
+
+
+def hint(word: str, known: Iterable[str], likeness: float = 0.6) -> str:
+    """`; did you mean ...?` when one of `known` is near, else ''."""
+    near = difflib.get_close_matches(word, list(known), 1, likeness)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,181 @@
+"""JSON as text: where its members stand, and one of them set with all other bytes as they were."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple, NoReturn
+
+_BLANK = re.compile(r"[ \t\n\r]*")
+
+
+LINE_WIDTH = 100
+
+
+class Member(NamedTuple):
+    """Where one member of a JSON object stands in its text."""
+
+    key: str
+    start: int  # of the key
+    value: int  # start of the value
+    end: int  # of the value
+
+
+def scan_object(text: str, at: int = 0) -> tuple[dict[str, Any], list[Member], int]:
+    """The JSON object at `at`: its value, where its members stand, and its end.
+
+    Raises ValueError like json.loads. Positions let a caller replace one member and leave every
+    other byte as it is: big integers, floats, key order and layout survive.
+    """
+    values: dict[str, Any] = {}
+    members: list[Member] = []
+    at = _skip(text, _expect(text, at, "{"))
+    while not (text.startswith("}", at) and not members):
+        start, at = at, _expect(text, at, '"')
+        key, at = json.decoder.scanstring(text, at, True)  # type: ignore[attr-defined]
+        value_at = _skip(text, _expect(text, at, ":"))
+        try:
+            values[key], at = DECODER.scan_once(text, value_at)
+        except StopIteration as e:
+            raise json.JSONDecodeError("Expecting value", text, e.value) from None
+        members.append(Member(key, start, value_at, at))
+        at = _skip(text, at)
+        if text.startswith("}", at):
+            break
+        at = _skip(text, _expect(text, at, ","))
+    return values, members, at + 1
+
+
+NESTS = (dict, list)  # json makes no others; looking at the type is three times as quick
+
+
+def depth_of(value: Any) -> int:
+    """How deep `value` is nested; looking stops at 100."""
+    level, depth = [value], 0
+    while level and depth < 100:
+        depth += 1
+        level = [v for node in level for v in values_of(node) if type(v) in NESTS]
+    return depth
+
+
+def _skip(text: str, at: int) -> int:
+    blank = _BLANK.match(text, at)
+    return blank.end() if blank else at
+
+
+def _expect(text: str, at: int, char: str) -> int:
+    at = _skip(text, at)
+    if text[at : at + 1] != char:
+        raise json.JSONDecodeError(f"Expecting {char!r}", text, at)
+    return at + 1
+
+
+def refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+DECODER: Any = json.JSONDecoder(parse_constant=refuse_constant)
+
+
+def set_member(text: str, path: tuple[str, ...], value: Any) -> str:
+    """`text` with the member at `path` set (or dropped: None); all other bytes as they were."""
+    at = 0
+    for key in path[:-1]:
+        at = next(m.value for m in scan_object(text, at)[1] if m.key == key)
+    _, members, end = scan_object(text, at)
+    depth, key = len(path), path[-1]
+    found = next((n for n, m in enumerate(members) if m.key == key), None)
+    if value is None:
+        return text if found is None else _drop_member(text, members, found, end)
+    head = f"{'  ' * depth}{json.dumps(key, ensure_ascii=False)}: "
+    if found is not None:
+        member = members[found]
+        same = DECODER.scan_once(text, member.value)[0] == value
+        return (
+            text
+            if same
+            else splice(text, member.value, member.end, pretty(value, depth, len(head)))
+        )
+    line = "\n" + head + pretty(value, depth, len(head))
+    if members:
+        return splice(text, members[-1].end, members[-1].end, "," + line)
+    return splice(text, at + 1, end - 1, line + "\n" + "  " * (depth - 1))
+
+
+def _drop_member(text: str, members: list[Member], n: int, end: int) -> str:
+    if n > 0:  # with the comma before it
+        return splice(text, members[n - 1].end, members[n].end, "")
+    if len(members) > 1:  # the first of several: with the comma after it
+        return splice(text, members[0].start, members[1].start, "")
+    return splice(text, members[0].start, end - 1, "")
+
+
+def splice(text: str, start: int, end: int, new: str) -> str:
+    """`text` with `new` instead of what stands from `start` to `end`."""
+    return text[:start] + new + text[end:]
+
+
+def pretty(value: Any, depth: int = 0, used: int = 0) -> str:
+    """`value` as JSON in the house form: short values on one line, lists wrapped at 100 columns."""
+    flat = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, dict | list) or not value:
+        return flat
+    inner = "  " * (depth + 1)
+    nests = depth < 2 and any(isinstance(v, dict) for v in values_of(value))
+    if used + len(flat) < LINE_WIDTH and not nests:
+        return flat
+    if isinstance(value, dict):
+        lines = []
+        for key, item in value.items():
+            head = f"{inner}{json.dumps(key, ensure_ascii=False)}: "
+            lines.append(head + pretty(item, depth + 1, len(head)))
+        return "{\n" + ",\n".join(lines) + f"\n{inner[2:]}}}"
+    lines = [inner]
+    for n, item in enumerate(value, 1):
+        word = pretty(item, depth + 1, len(inner)) + ("," if n < len(value) else "")
+        if len(lines[-1]) + len(word) > LINE_WIDTH and lines[-1] != inner:
+            lines[-1] = lines[-1].rstrip()
+            lines.append(inner)
+        lines[-1] += word + " "
+    return "[\n" + "\n".join(line.rstrip() for line in lines) + f"\n{inner[2:]}]"
+
+
+def values_of(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    """The members' values, or the items."""
+    return value.values() if type(value) is dict else value
+
+
+def say_json_error(e: json.JSONDecodeError) -> str:
+    """What is wrong with a JSON text, with a word on what people write into it most."""
+    if e.doc[e.pos : e.pos + 1] in ("/", "#"):
+        return "JSON knows no comments"
+    before = e.doc[: e.pos].rstrip()
+    if before.endswith(",") and e.doc[e.pos : e.pos + 1] in ("}", "]", ""):
+        return "a comma too many before the end"
+    return e.msg
+
+
+def parse_loosely(data: bytes | str) -> Any:
+    """The JSON value in `data`, or None."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+
+
+def has_over(most: int, value: Any) -> bool:
+    """Whether `value` holds more than `most` values, at any depth; looking stops there."""
+    level, count = [value], 0
+    while level and count <= most:
+        count += len(level)
+        level = [v for node in level if isinstance(node, dict | list) for v in values_of(node)]
+    return count > most
+
+
+BOMS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
+
+
+def decode(data: bytes) -> str:
+    """The text of a small file as editors and shells save it; UnicodeDecodeError."""
+    return data.decode(next((name for bom, name in BOMS if data.startswith(bom)), "utf-8"))
