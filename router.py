@@ -27,7 +27,6 @@ Importing this module starts nothing: `create_app` builds the objects.
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import logging
 import math
@@ -39,7 +38,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import islice, pairwise
@@ -60,33 +59,22 @@ from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 
 from parts.access import (
     CHAT_PATHS,
-    Answered,
-    App,
+    as_router_error,
     cors_headers,
     guard,
     preflight,
-    translated,
+    read_page,
 )  # fmt: skip
-from parts.carrier import Carrier, carried
+from parts.carrier import Carrier
 from parts.chat import MOST_VALUES, Chat, fits, parse_object, read_object
 from parts.command import main
 from parts.errors import Failure, RouterError, invalid, known_part, scrub
-from parts.events import Event, EventReader, read_batches
-from parts.exchange import (
-    MAX_ANSWER,
-    MAX_ERROR,
-    Answer,
-    Line,
-    Pieces,
-    new_session,
-    read_chunks,
-    read_whole,
-)
+from parts.exchange import MAX_ERROR, Endpoint, Pieces, Reply, new_session, read_whole
 from parts.flights import Flight, Flights
 from parts.jsontext import has_over, parse_loosely
-from parts.judge import VERDICTS, check_head, failure_from
+from parts.judge import VERDICTS, check_head
 from parts.livefile import Store
-from parts.logs import log_rejections, log_to_stderr, now_text, where_it_broke
+from parts.logs import log_rejections, log_to_stderr, now_text
 from parts.metrics import Attempt, Gauges, Metrics, Record, as_prometheus, breaker_figures
 from parts.prompts import (
     LOOK_BACK,
@@ -101,6 +89,7 @@ from parts.prompts import (
     tokens_of,
     user_texts,
 )  # fmt: skip
+from parts.relay import Relay
 from parts.settings import VERSION, Settings, SettingsError
 from parts.table import BUILT_IN, Model, Table, Upstream, load_table, say_schema_error
 
@@ -728,7 +717,7 @@ class Upstreams:
     def __init__(self, settings: Settings, session: requests.Session):
         self._settings = settings
         self._session = session
-        self._lines: dict[Upstream, Line] = {}
+        self._endpoints: dict[Upstream, Endpoint] = {}
         # upstream name -> since when it refuses our key, and when it last did by flight's clock
         self._refused: dict[str, tuple[str, float]] = {}
 
@@ -740,31 +729,32 @@ class Upstreams:
 
     def keys(self) -> list[str]:
         """Every key that has been sent; one read from a file may have been changed there since."""
-        return [line.key for line in list(self._lines.values())]
+        return [endpoint.key for endpoint in list(self._endpoints.values())]
 
     def has_key(self, upstream: Upstream) -> bool:
         """True when it can be called: it has its key, needs none, or the demo stands in."""
-        if self._settings.demo or not upstream.api_key_env or upstream in self._lines:
+        if self._settings.demo or not upstream.api_key_env or upstream in self._endpoints:
             return True
         return bool(self.key(upstream))
 
-    def open(
-        self, model: Model, body: Pieces, flight: Flight, connect_s: float
-    ) -> requests.Response:
-        """The answer of `model`, its head good and its body unread; or Failure, with it closed."""
-        line = self._lines.get(model.upstream)
-        if line is None:
+    def open(self, model: Model, body: Pieces, flight: Flight, connect_s: float) -> Reply:
+        """The reply of `model`, its head good and its body unread; or Failure, with it closed."""
+        endpoint = self._endpoints.get(model.upstream)
+        if endpoint is None:
             base = "demo://upstream" if self._settings.demo else model.upstream.base_url
-            line = Line(self._session, f"{base}/chat/completions", self._settings.environ,
-                        self.key(model.upstream))  # fmt: skip
-            self._lines[model.upstream] = line
-        response = line.send(body, flight, connect_s)
+            try:
+                endpoint = Endpoint(self._session, f"{base}/chat/completions",
+                                    self._settings.environ, self.key(model.upstream))  # fmt: skip
+            except SettingsError as e:  # a proxy, met by an upstream that an edit brought
+                raise Failure("shortage", str(e)) from e
+            self._endpoints[model.upstream] = endpoint
+        reply = endpoint.send(body, flight, connect_s)
         try:
-            check_head(response, flight)
+            check_head(reply)
         except Failure:
-            response.close()
+            reply.close()
             raise
-        return response
+        return reply
 
     def note(self, upstream: Upstream, outcome: str, now: float) -> None:
         """Remember for /health whether it takes our key."""
@@ -785,13 +775,12 @@ class Upstreams:
         flight.limit("classify", flight.clock() + timeout_s)
         base = url.removesuffix("/api/chat")
         try:
-            line = Line(self._session, url, self._settings.environ)
-            with contextlib.closing(line.send([body], flight, min(0.5, timeout_s))) as response:
-                data = read_whole(response, flight, MAX_ERROR)
-                if response.status_code != 200:
-                    raise ollama_trouble(
-                        base, json.loads(body)["model"], response.status_code, data
-                    )
+            endpoint = Endpoint(self._session, url, self._settings.environ)
+            with contextlib.closing(endpoint.send([body], flight, min(0.5, timeout_s))) as reply:
+                data = read_whole(reply, MAX_ERROR)
+                if reply.status_code != 200:
+                    model = json.loads(body)["model"]
+                    raise ollama_trouble(base, model, reply.status_code, data)
                 return data
         except Failure as e:
             if e.outcome == "classify":
@@ -814,15 +803,11 @@ class Upstreams:
 
 # --- the router: walk, relay ---------------------------------------------------------------------
 
+RETRY_WITHIN_S = 1.0  # and only when the first try ended so soon
 REFUSED_S = 300.0  # so long after a refused key the upstream does not count as ready
 RETRY_PAUSE_S = 0.3  # before the one retry on the same model
 RETRY_AFTER_MAX_S = 2.5  # a rate limit this short is waited for
 UPLOAD_S = 60  # an upload that takes longer than this has stalled
-DRAIN_S = 1.0  # after the last event; then the connection is closed instead of kept
-DONE = b"data: [DONE]\n\n"
-# What counts as a token; a role alone does not.
-SAYS = ("content", "reasoning", "reasoning_content", "tool_calls", "function_call", "refusal",
-        "audio", "images")  # fmt: skip
 
 
 # Words of which servers make what they answer on a path they do not know.
@@ -854,8 +839,6 @@ class Call(Record):
     retried: bool = False
     ticket: Ticket | None = None
     relay: Relay | None = None
-    carrier: Carrier | None = None  # where a stream may be passed on past the server's thread
-    chunked: bool = True  # how its client is answered then
     skipped: list[str] = field(default_factory=list)  # models passed over for their circuit
 
     def headers(self) -> dict[str, str]:
@@ -870,265 +853,11 @@ class Call(Record):
                 headers["X-Router-Model-Ignored"] = ignored
         if self.last:
             headers["X-Router-Model"] = quote(self.last.model.id, safe="/:")
-        if self.answer and not self.stream:
-            cost = self.answer.cost_usd
+        if self.answered_by and not self.stream:
+            cost = self.answered_by.cost_usd
             headers["X-Router-Cost-Usd"] = "unknown" if cost is None else f"{cost:.8f}"
-            headers["X-Router-Cost-Source"] = self.answer.cost_source
+            headers["X-Router-Cost-Source"] = self.answered_by.cost_source
         return headers
-
-
-def choices_of(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The choices of an answer or an event, as far as they have the right shape."""
-    choices = body.get("choices")
-    return [c for c in choices if isinstance(c, dict)] if isinstance(choices, list) else []
-
-
-class Relay:
-    """One upstream answer: held until it has begun (or is complete), then passed on as it comes."""
-
-    def __init__(self, response: requests.Response, call: Call, idle_s: float):
-        self.usage: dict[str, Any] = {}
-        self.finish_reason: str | None = None
-        self.has_content = False
-        self.done = False
-        self.held: list[bytes] = []
-        self._response = response
-        self._call = call
-        self._flight = call.flight
-        self._idle_s = idle_s
-        self._idle_at = self._paused_at = 0.0
-        self._reader = EventReader()
-        self._batches = read_batches(read_chunks(response, call.flight), self._reader)
-        self._left: list[Event] = []  # of the batch in which the answer began
-        self._broke: Failure | None = None  # what an event said, when it came through the carrier
-        self._arguments: dict[tuple[str, str], str] = {}  # of tool calls, in whole-answer mode
-
-    def prepare(self) -> None:
-        """Read up to the commit; Failure while another model may still be tried."""
-        if not self._call.chat.stream:
-            self._read_answer()
-        elif "application/json" in self._response.headers.get("content-type", ""):
-            body = parse_loosely(read_whole(self._response, self._flight))
-            told = isinstance(body, dict) and body.get("error")
-            raise failure_from(200, body) if told else Failure("not_an_answer", "no stream", 200)
-        else:
-            self._hold_events()
-            self._check_held()
-        self._to_client(b"")
-
-    @property
-    def has_begun(self) -> bool:
-        """True from the first token on, or when there will be none for a good reason."""
-        return self.has_content or self.finish_reason in ("length", "content_filter", "tool_calls")
-
-    def _read_answer(self) -> None:
-        data = read_whole(self._response, self._flight)
-        body = parse_loosely(data)
-        body = body if isinstance(body, dict) else {}
-        for told in (body, *choices_of(body)):  # OpenRouter tells it in a choice, too
-            if told.get("error"):
-                raise failure_from(200, told)
-        if not choices_of(body):
-            raise Failure("not_an_answer", "no choices", 200)
-        self._note(body, "message")
-        self.held, self.done = [data], True
-        self._check_arguments()
-        if not self.has_begun and self.finish_reason in (None, "stop"):
-            raise Failure("empty", status=200)
-
-    def _hold_events(self) -> None:
-        try:
-            self._hold_until_begun()
-        except Failure:  # after a finish_reason any end is a good one
-            if not self.finish_reason or self._flight.why == "client_left":
-                raise
-
-    def _hold_until_begun(self) -> None:
-        size = 0
-        for event in self._one_by_one():
-            self.held.append(self._take(event))
-            size += len(event.raw)
-            if size > MAX_ANSWER:
-                raise Failure("not_an_answer", f"over {MAX_ANSWER} bytes", 200)
-            if self.done or (self.has_begun and not self._call.whole):
-                return
-            if self.has_content and event.kind == "data":
-                self._flight.limit_first((self._flight.clock() + self._idle_s, "idle"),
-                                         (self._call.deadline, "total"))  # fmt: skip
-
-    def _one_by_one(self) -> Iterator[Event]:
-        for batch in self._batches:
-            self._left = batch
-            while self._left:
-                yield self._left.pop(0)
-
-    def _check_held(self) -> None:
-        """Failure unless what is held may go to the client."""
-        if self.has_begun and not self._call.whole:
-            return
-        if not (self.finish_reason or (self.done and not self._call.whole)):
-            raise Failure("cut" if any(self.held) else "not_an_answer", "no end", 200)
-        self._check_arguments()
-        if not self.done:
-            self.held.append(DONE)
-            self.done = True
-        if not self.has_begun:
-            raise Failure("empty", status=200)
-
-    def _check_arguments(self) -> None:
-        half = any(a.strip() and parse_loosely(a) is None for a in self._arguments.values())
-        if half and self.finish_reason != "length":
-            raise Failure("cut", "half a tool call", 200)
-
-    def _take(self, event: Event) -> bytes:
-        """What to pass on of `event`, after noting what it says; Failure when it is an error."""
-        if event.kind == "malformed":
-            return b""
-        if event.kind == "done":
-            self.done = True
-        if event.kind != "data":
-            return event.raw
-        for told in (event.data, *choices_of(event.data)):  # OpenRouter tells it in a choice, too
-            if told.get("error"):
-                raise failure_from(200, told)
-        self._note(event.data, "delta")
-        extra = event.data.get("usage") and not event.data.get("choices")
-        return b"" if extra and not self._call.chat.wants_usage else event.raw
-
-    def _note(self, body: Mapping[str, Any], part: str) -> None:
-        if isinstance(body.get("usage"), dict):
-            self.usage = body["usage"]
-        for choice in choices_of(body):
-            said = choice.get(part)
-            if isinstance(said, dict):
-                self.has_content = self.has_content or any(map(said.get, SAYS))
-                if self._call.whole:
-                    self._note_arguments(str(choice.get("index")), said.get("tool_calls"))
-            if isinstance(choice.get("finish_reason"), str):
-                self.finish_reason = choice["finish_reason"]
-
-    def _note_arguments(self, choice: str, calls: Any) -> None:
-        for n, tool in enumerate(calls if isinstance(calls, list) else ()):
-            function = tool.get("function") if isinstance(tool, dict) else None
-            text = function.get("arguments") if isinstance(function, dict) else None
-            if isinstance(text, str):
-                key = (choice, str(tool.get("index", n)))
-                self._arguments[key] = self._arguments.get(key, "") + text
-
-    def stream(self) -> Iterator[bytes]:
-        """The answer's bytes. After the commit a failure is told in the stream, never hidden."""
-        try:
-            yield self._to_client(b"".join(self.held))
-            if self._left and not self.done:
-                yield self._to_client(self._take_all(self._left))
-            if not self.done and not self._broke:
-                yield from self._go_on()
-            failure = self._broke or Failure("cut", status=200)
-        except Failure as e:
-            failure = e
-        except Exception:  # noqa: BLE001  a bug of ours; the client must learn that this is no end
-            log.error("internal_error", {"where": where_it_broke()})
-            failure = Failure("internal_error")
-        yield from self._end(failure)
-
-    def _go_on(self) -> Iterator[bytes]:
-        """What comes after the commit; where it can, the carrier passes it on past this thread."""
-        self._more_came(None)
-        answer, client, call = self._response.raw, self._flight.client, self._call
-        if call.carrier and isinstance(answer, Answer) and not answer.is_whole:
-            same, take = partial(self._same, answer), partial(self._receive, answer)
-            stream = carried(answer.sock, client, same, take, self._wait_for, call.chunked)
-            if stream:
-                call.carrier.carry(stream)
-                return
-        for batch in self._batches:
-            self._more_came(batch)
-            out = self._take_all(batch)
-            self._wait_for("client")
-            if out:
-                yield out
-            self._wait_for("upstream")
-            if self.done or self._broke:
-                return
-
-    def _same(self, answer: Answer, data: bytes) -> bytes:
-        """For the carrier: what to send when `data` only adds words, like the event before it."""
-        event = answer.one_chunk(data)
-        if not event or answer.ended or not self._reader.is_more(event):
-            return b""
-        self._more_came(None)
-        return data if self._call.chunked else event
-
-    def _receive(self, answer: Answer, data: bytes) -> tuple[bytes, bool]:
-        """For the carrier: what to send when `data` has come, and whether that is the last."""
-        try:
-            body = answer.take(data)
-        except (http.client.HTTPException, ValueError) as e:
-            raise Failure(self._flight.why or "cut", status=200) from e
-        if self._flight.why or not (data or answer.is_whole):
-            raise Failure(self._flight.why or "cut", status=200)
-        batch = self._reader.feed(body) if body else []
-        if answer.is_whole:
-            batch += self._reader.end()
-        self._more_came(batch)
-        return self._take_all(batch), self.done or answer.is_whole or self._broke is not None
-
-    def _more_came(self, batch: Sequence[Event] | None) -> None:
-        """The next event may take `idle` again; a comment, which only says alive, wins no time."""
-        if batch is None or any([event.kind != "comment" for event in batch]):
-            self._idle_at = self._flight.clock() + self._idle_s
-            self._flight.limit("idle", self._idle_at)
-
-    def _wait_for(self, whom: str) -> None:
-        """While the client reads the upstream is not idle; a client that stops reading has left."""
-        now = self._flight.clock()
-        if whom == "client":
-            self._paused_at = now
-            self._to_client(b"")
-        else:
-            self._idle_at += now - self._paused_at
-            self._flight.limit("idle", self._idle_at)
-
-    def _take_all(self, batch: Sequence[Event]) -> bytes:
-        """What to pass on of events that came together, up to a Failure that one of them is."""
-        out = []
-        try:
-            for event in batch:
-                out.append(self._take(event))
-                if self.done:
-                    break
-        except Failure as e:
-            self._broke = e
-        return b"".join(out)
-
-    def _to_client(self, out: bytes) -> bytes:
-        """`out`, with the limit for a client that does not take it."""
-        self._flight.limit("client_left", self._flight.clock() + self._call.table.timeouts["total"])
-        return out
-
-    def _end(self, failure: Failure) -> Iterator[bytes]:
-        call = self._call
-        if self.done or self.finish_reason:
-            call.outcome = "success"
-            if not self.done:
-                yield DONE
-            self._flight.limit("drain", self._flight.clock() + DRAIN_S)
-            with contextlib.suppress(Failure):  # read to the end: the connection can be kept
-                for _ in self._batches:
-                    pass
-            return
-        assert call.answer is not None
-        call.outcome = "client_left" if failure.outcome == "client_left" else "failed"
-        call.answer.outcome, call.answer.status = failure.outcome, failure.status
-        if call.outcome == "failed":
-            says = VERDICTS[failure.outcome].says
-            text = f"{call.answer.model.id} {says}; the answer is not complete"
-            body = RouterError(502, "upstream_error", text).body()
-            yield b"data: " + json.dumps(body).encode() + b"\n\n"
-
-    def close(self) -> None:
-        """Close the upstream answer; a connection that was not read to its end is closed too."""
-        self._response.close()
 
 
 class Router:
@@ -1145,6 +874,7 @@ class Router:
         self.metrics = Metrics(clock)
         self.classifier = Classifier(self.upstreams.classify, clock)
         self.chooser = Chooser(self.classifier)
+        self.rejections = log_rejections(settings.validation_log)
         self._tidied: Table | None = None
         self.cluster: Any = None  # cluster.Cluster, when other instances share circuits and file
 
@@ -1157,7 +887,7 @@ class Router:
         return table
 
     def begin(self, client: socket.socket | None) -> Call:
-        """A call that has yet to get its permit (`Flights.board`); `finish` must end it."""
+        """A call that has yet to get its permit (`Flights.acquire`); `finish` must end it."""
         flight, now = Flight(client, self.clock), self.clock()
         flight.limit("client_left", now + UPLOAD_S)
         return Call(secrets.token_hex(8), flight=flight, table=self.table, started=now)
@@ -1172,11 +902,16 @@ class Router:
         call.whole = decision.whole
         call.deadline = call.started + decision.timeouts["total"]
         call.choose_s = self.clock() - before
-        chat.settle()
+        chat.forget_messages()
         return decision
 
     def walk(self, call: Call, decision: Decision) -> Relay:
-        """The first answer that a model of the chain begins; RouterError when none does."""
+        """The first answer that a model of the chain begins; RouterError when none does.
+
+        Each model is admitted by its circuit, asked, and judged; what its failure means for the
+        rest of the chain stands in judge.py. The ticket of the model that answers stays with the
+        call, and `finish` settles it.
+        """
         self._check_budget(call.table)
         queue = self._usable(call, decision)
         early = self.breakers.due_soonest([model.id for model in queue])
@@ -1184,17 +919,101 @@ class Router:
         while queue:
             model = queue.pop(0)
             probe_now = model.id == early and not failures
-            call.ticket = self.breakers.admit(model.id, decision.timeouts["total"], early=probe_now)
-            if call.ticket is None:
+            ticket = self.breakers.admit(model.id, decision.timeouts["total"], early=probe_now)
+            if ticket is None:
                 call.skipped.append(model.id)
                 continue
-            last = not any(self.breakers.would_admit(other.id) for other in queue)
+            call.ticket = ticket
+            last = not any([self.breakers.would_admit(other.id) for other in queue])
             try:
-                return self._attempt(call, model, call.ticket, last)
+                return self._ask(call, decision, model, ticket, last)
             except Failure as failure:
                 failures.append(failure.bare())
                 queue = _still_worth_trying(queue, model, failures)
         return self._settle_for(call, failures)
+
+    def _ask(self, call: Call, decision: Decision, model: Model, ticket: Ticket,
+             last: bool) -> Relay:  # fmt: skip
+        """An answer of `model` that has begun, or its Failure, booked.
+
+        A model that failed at once is asked a second time, on a fresh connection; only the second
+        outcome counts. `last`: nobody else can be asked, so that it gets all the time there is.
+        """
+        flight, timeouts, usual = call.flight, {**decision.timeouts, **model.timeouts}, call.stream
+        kind, more_s = ("first_token", len(call.chat.data) / 10_000) if usual else ("answer", 0.0)
+        patience_s = math.inf if last and not ticket.probe else timeouts[kind] + min(30.0, more_s)
+        flight.next_attempt()
+        while True:
+            began = self.clock()
+            attempt = Attempt(model, "internal_error", None)
+            relay = None
+            try:
+                if flight.why:
+                    raise Failure(flight.why)
+                call.attempts.append(attempt)
+                flight.limit_first((began + patience_s, kind), (call.deadline, "total"))
+                body = call.chat.for_model(model.id)
+                reply = self.upstreams.open(model, body, flight, timeouts["connect"])
+                relay = Relay(
+                    reply, flight, model.id, stream=call.stream, whole=call.whole,
+                    keep_usage=call.chat.wants_usage, idle_s=timeouts["idle"],
+                    client_s=call.table.timeouts["total"], deadline=call.deadline,
+                )  # fmt: skip
+                relay.prepare()
+                break
+            except BaseException as e:
+                if relay:  # a bug of ours must not leave the connection open either
+                    relay.close()
+                if not isinstance(e, Failure):
+                    raise
+                attempt.seconds = self.clock() - began
+                self._note_failure(attempt, e, relay)
+                if self._again(call, ticket, e, attempt.seconds, last):
+                    continue
+                strike = "strike" if VERDICTS[e.outcome].strike else "none"
+                self.breakers.settle(ticket, strike, call.table.breaker, e.outcome, e.status,
+                                     e.retry_after_s)  # fmt: skip
+                raise
+        now = self.clock()
+        attempt.outcome, attempt.status, attempt.seconds = "success", 200, now - began
+        call.relay, call.answered_by = relay, attempt
+        self.upstreams.note(model.upstream, "success", now)
+        self.breakers.commit(ticket, call.table.breaker["failure_threshold"])
+        call.first_token_s = now - call.started if call.stream else None
+        return relay
+
+    def _note_failure(self, attempt: Attempt, failure: Failure, relay: Relay | None) -> None:
+        """What came of an attempt; what it read is kept only where it may be passed on yet."""
+        attempt.outcome, attempt.status = failure.outcome, failure.status
+        attempt.why = self._sentence(attempt.model, failure)
+        failure.attempt = attempt
+        if relay:
+            attempt.price(relay.usage)
+            failure.relay = relay if failure.outcome == "empty" else None
+        self.upstreams.note(attempt.model.upstream, failure.outcome, self.clock())
+
+    def _again(self, call: Call, ticket: Ticket, failure: Failure, seconds: float,
+               last: bool) -> bool:  # fmt: skip
+        """Wait and say True when the same model deserves its one second try.
+
+        Only what failed at once is worth it: who was silent for long before would be silent for
+        long again, while the next model waits. A request is never sent more than twice.
+        """
+        if failure.outcome == "reset" or failure.status in (500, 502):
+            pause_s = RETRY_PAUSE_S
+        elif failure.outcome == "rate_limited" and failure.retry_after_s is not None:
+            pause_s = failure.retry_after_s
+        else:
+            return False
+        late = pause_s > RETRY_AFTER_MAX_S or self.clock() + pause_s >= call.deadline
+        late = late or (seconds > RETRY_WITHIN_S and not last)
+        flight = call.flight
+        if call.retried or flight.resent or ticket.probe or late or flight.why == "client_left":
+            return False
+        call.retried = True
+        flight.next_attempt(fresh=True)
+        flight.wait(pause_s)
+        return True
 
     def _check_budget(self, table: Table) -> None:
         limit = table.daily_limit_usd
@@ -1230,42 +1049,6 @@ class Router:
             return f"has no API key (set {model.upstream.api_key_env})"
         return ""
 
-    def _attempt(self, call: Call, model: Model, ticket: Ticket, last: bool) -> Relay:
-        """An answer of `model` that has begun, or its Failure, booked; retried once if worth it."""
-        while True:
-            call.flight.next_attempt()
-            if call.flight.why:
-                self.breakers.settle(ticket, "none", call.table.breaker)
-                raise Failure(call.flight.why)
-            began = self.clock()
-            attempt = Attempt(model, "internal_error", None)
-            call.attempts.append(attempt)
-            try:
-                relay = self._open(call, model, spared=last and not ticket.probe)
-            except Failure as failure:
-                self._note_failure(attempt, failure, self.clock() - began)
-                self.upstreams.note(model.upstream, failure.outcome, self.clock())
-                if self._retry(call, ticket, failure):
-                    continue
-                strike = "strike" if VERDICTS[failure.outcome].strike else "none"
-                self.breakers.settle(ticket, strike, call.table.breaker, failure.outcome,
-                                     failure.status, failure.retry_after_s)  # fmt: skip
-                raise
-            attempt.outcome, attempt.status = "success", 200
-            attempt.seconds = self.clock() - began
-            call.relay, call.answer = relay, attempt
-            self.upstreams.note(model.upstream, "success", self.clock())
-            self.breakers.commit(ticket, call.table.breaker["failure_threshold"])
-            call.first_token_s = self.clock() - call.started if call.stream else None
-            return relay
-
-    def _note_failure(self, attempt: Attempt, failure: Failure, seconds: float) -> None:
-        attempt.outcome, attempt.status, attempt.seconds = failure.outcome, failure.status, seconds
-        attempt.why = self._sentence(attempt.model, failure)
-        failure.attempt = attempt
-        if failure.relay:
-            attempt.price(failure.relay.usage)
-
     def _sentence(self, model: Model, failure: Failure) -> str:
         """What came of one attempt, for a person: where the next step begins."""
         upstream, said = model.upstream, self._scrubbed(failure.message)
@@ -1283,51 +1066,18 @@ class Router:
         known = [self.settings.api_key, self.settings.admin_token, *self.upstreams.keys()]
         return scrub(text, known) if text else ""
 
-    def _open(self, call: Call, model: Model, *, spared: bool) -> Relay:
-        """One exchange with one model, up to the commit; the connection is closed on Failure."""
-        assert call.decision is not None
-        timeouts = {**call.decision.timeouts, **model.timeouts}
-        kind = "first_token" if call.stream else "answer"
-        more_s = min(30.0, len(call.chat.data) / 10_000) if call.stream else 0.0
-        at = math.inf if spared else self.clock() + timeouts[kind] + more_s
-        call.flight.limit_first((at, kind), (call.deadline, "total"))
-        response = self.upstreams.open(
-            model, call.chat.for_model(model.id), call.flight, timeouts["connect"]
-        )
-        relay = Relay(response, call, timeouts["idle"])
-        try:
-            relay.prepare()
-        except BaseException as e:  # a bug of ours must not leave the connection open either
-            relay.close()
-            if isinstance(e, Failure):
-                e.relay = relay
-            raise
-        return relay
-
-    def _retry(self, call: Call, ticket: Ticket, failure: Failure) -> bool:
-        """Wait and say True when the same model deserves its one second try."""
-        if failure.outcome == "reset" or failure.status in (500, 502):
-            pause_s = RETRY_PAUSE_S
-        elif failure.outcome == "rate_limited" and failure.retry_after_s is not None:
-            pause_s = failure.retry_after_s
-        else:
-            return False
-        late = self.clock() + pause_s >= call.deadline or pause_s > RETRY_AFTER_MAX_S
-        if call.retried or ticket.probe or late or call.flight.why == "client_left":
-            return False
-        call.retried = True
-        call.flight.next_attempt()
-        call.flight.wait(pause_s)
-        return True
-
     def _settle_for(self, call: Call, failures: list[Failure]) -> Relay:
         """Nobody answered: an empty answer if one came, else the error that says best why."""
         outcomes = [failure.outcome for failure in failures]
         if "client_left" in outcomes:
             raise RouterError(499, "client_left", "the client left")
+        if "shortage" in outcomes:
+            said = self._scrubbed(failures[-1].message)
+            text = f"nobody could be asked: {said or 'this machine is short of something'}"
+            raise RouterError(503, "shortage", text, headers={"Retry-After": "5"})
         if "empty" in outcomes:
             empty = failures[len(outcomes) - 1 - outcomes[::-1].index("empty")]
-            call.relay, call.answer = empty.relay, empty.attempt
+            call.relay, call.answered_by = empty.relay, empty.attempt
             return cast(Relay, empty.relay)
         refusal = _refusal(failures)
         if refusal:
@@ -1369,28 +1119,36 @@ class Router:
 
     def finish(self, call: Call) -> None:
         """End a call, once: close the upstream, give back probe and permit, book the outcome."""
-        if call.flight.landed:
+        if call.flight.released:
             return
-        call.outcome = call.outcome or "client_left"  # a stream that was not read to its end
-        if call.answer and call.outcome == "client_left":
-            call.answer.outcome = "client_left"
+        relay, attempt = call.relay, call.answered_by
         try:
+            if relay and attempt:
+                self._note_end(call, relay, attempt)
+            call.outcome = call.outcome or "client_left"
             if call.ticket:
-                outcome = call.answer.outcome if call.answer else ""
-                status = call.answer.status if call.answer else None
-                struck = (
-                    call.outcome == "failed" and outcome in VERDICTS and VERDICTS[outcome].strike
-                )
+                outcome = attempt.outcome if attempt else ""
+                struck = call.outcome == "failed" and attempt and VERDICTS[outcome].strike
                 verdict = "strike" if struck else "good" if call.outcome == "success" else "none"
+                status = attempt.status if attempt else None
                 self.breakers.settle(call.ticket, verdict, call.table.breaker, outcome, status)
-            if call.answer and call.relay:
-                call.relay.close()
-                call.answer.price(call.relay.usage)
         finally:
-            self.flights.land(call.flight)
+            self.flights.release(call.flight)
             call.seconds = self.clock() - call.started
-            call.relay, call.chat = None, NO_CHAT  # call and relay know each other: free them now
+            call.relay, call.chat = None, NO_CHAT  # a response may be kept longer than its call
             log.info("request", self.metrics.record(call))
+
+    def _note_end(self, call: Call, relay: Relay, attempt: Attempt) -> None:
+        """What became of the answer that was passed on; its usage is complete only now."""
+        relay.close()
+        attempt.price(relay.usage)
+        if call.outcome:
+            return
+        failure = relay.failure or (None if relay.ended else Failure("client_left"))
+        call.outcome = "success" if failure is None else "failed"
+        if failure:  # a stream that was not read to its end was left by its client
+            attempt.outcome, attempt.status = failure.outcome, failure.status or attempt.status
+            call.outcome = "client_left" if failure.outcome == "client_left" else "failed"
 
 
 def refused_key(upstream: Upstream) -> str:
@@ -1429,6 +1187,58 @@ routes = flask.Blueprint("router", __name__)
 CALL = "llm_router.call"  # where the environment of a chat request keeps it
 EVENTS = "text/event-stream; charset=utf-8"
 ALWAYS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}  # unless set otherwise
+SLASHES = re.compile("//+")
+
+
+class App(flask.Flask):
+    """Flask, with what differs from its defaults, and the way of a chat past it."""
+
+    def __init__(self, settings: Settings, page: Path):
+        super().__init__("llm-router", static_folder=None)
+        most = (settings.max_body_mb << 20) + 1
+        self.config.update(MAX_CONTENT_LENGTH=most, PROVIDE_AUTOMATIC_OPTIONS=False)
+        self.json.sort_keys = False  # type: ignore[attr-defined]
+        self.url_map.merge_slashes = False  # `wsgi_app` does; this would answer with a redirect
+        self.extensions["page"] = read_page(page)
+        for path in CHAT_PATHS:  # for the other methods: a 405 instead of a 404
+            self.add_url_rule(path, "chat", methods=["POST"])
+
+    def wsgi_app(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        """Answer one request."""
+        path = environ["PATH_INFO"]
+        if "//" in path:  # a base URL that ends in a slash; every door looks at the same path
+            path = environ["PATH_INFO"] = SLASHES.sub("/", path)
+        if path in CHAT_PATHS and environ["REQUEST_METHOD"] == "POST":
+            return serve_chat(self, environ)(environ, start_response)
+        return super().wsgi_app(environ, start_response)
+
+
+class ChatResponse:
+    """A chat's response, as WSGI wants it. Its headers are complete: nobody looks through them."""
+
+    def __init__(self, body: Iterable[bytes], headers: dict[str, str], close: Callable[[], None]):
+        self.headers = headers
+        self._body, self._close = body, close
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        """Start it; what is returned is the body, to be closed. One that cannot start has ended."""
+        try:
+            start_response("200 OK", list(self.headers.items()))
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._body)
+
+    def close(self) -> None:
+        """End the body, then what it belongs to."""
+        try:
+            if isinstance(self._body, Generator):
+                self._body.close()
+        finally:
+            self._close()
 
 
 def router() -> Router:
@@ -1437,41 +1247,54 @@ def router() -> Router:
     return found
 
 
-def chat(owner: Router, request: flask.Request) -> Answered:
+def serve_chat(app: App, environ: dict[str, Any]) -> ChatResponse | flask.Response:
+    """The way of a chat, from its head to its response.
+
+    Matching the path, contexts, a session and signals, none of which a chat needs, would cost as
+    much as choosing and relaying do: Flask only words what is refused.
+    """
+    request = app.request_class(environ, populate_request=False)  # they would form a circle
+    request.max_content_length = app.config["MAX_CONTENT_LENGTH"]
+    owner: Router = app.extensions["router"]
+    try:
+        guard(request, owner.settings)
+        return proxy(owner, request)
+    except Exception as e:  # noqa: BLE001  a bug of ours becomes a 500 that says so
+        with app.request_context(environ):
+            return add_headers(error_response(as_router_error(e)))
+
+
+def proxy(owner: Router, request: flask.Request) -> ChatResponse:
     """The proxied chat request: its permit, its body, a model that answers, the relay.
 
-    `App` comes here for POST on either path, without Flask's contexts.
+    To close the response ends the call, whatever became of it.
     """
-    call = request.environ[CALL] = owner.begin(request.environ.get("gunicorn.socket"))
-    owner.flights.board(call.flight)
+    environ = request.environ
+    call = environ[CALL] = owner.begin(environ.get("gunicorn.socket"))
+    owner.flights.acquire(call.flight)
     decision = owner.choose(call, read_chat(read_body(request)))
-    asked_for = request.environ.get("HTTP_X_ROUTER_STREAM", "").lower()
-    call.whole = call.whole or asked_for == "whole"
-    protocol = request.environ.get("SERVER_PROTOCOL")
-    call.chunked = protocol == "HTTP/1.1"
-    call.carrier = owner.carrier if protocol in ("HTTP/1.0", "HTTP/1.1") else None
-    cors = cors_headers(request, owner.settings) if "HTTP_ORIGIN" in request.environ else {}
-    return answer(owner, call, owner.walk(call, decision), cors)
-
-
-def answer(owner: Router, call: Call, relay: Relay, cors: dict[str, str]) -> Answered:
-    """The relay as a response; to close it ends the call, whatever became of it."""
+    call.whole = call.whole or environ.get("HTTP_X_ROUTER_STREAM", "").lower() == "whole"
+    relay = owner.walk(call, decision)
+    body: Iterable[bytes] = relay.held
     if call.stream:
         more = {"Content-Type": EVENTS, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        protocol = environ.get("SERVER_PROTOCOL")  # of others only the server knows the framing
+        client = call.flight.client if protocol in ("HTTP/1.0", "HTTP/1.1") else None
+        body = relay.pass_on(owner.carrier, client, chunked=protocol == "HTTP/1.1")
     else:
-        call.outcome = "success"
-        if call.answer:
-            call.answer.price(relay.usage)
+        if call.answered_by:
+            call.answered_by.price(relay.usage)
         more = {"Content-Type": "application/json", "Content-Length": str(len(relay.held[0]))}
-    more |= cors | ({"X-Router-Demo": "1"} if owner.settings.demo else {})
-    body = relay.stream() if call.stream else relay.held
-    return Answered(body, ALWAYS | call.headers() | more, partial(owner.finish, call))
+    if "HTTP_ORIGIN" in environ:
+        more |= cors_headers(request, owner.settings)
+    more |= {"X-Router-Demo": "1"} if owner.settings.demo else {}
+    return ChatResponse(body, ALWAYS | call.headers() | more, partial(owner.finish, call))
 
 
 @routes.post("/route")
 def dry_run() -> dict[str, Any]:
     """Where a request would go and why, through the same code; no upstream is called."""
-    with boarded(router()) as call:
+    with watched_upload(router()) as call:
         chat = read_object(read_body(flask.request))
         check(chat.body, "RouteRequest")
         if "text" in chat.body:
@@ -1480,14 +1303,14 @@ def dry_run() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def boarded(owner: Router, *, counted: bool = True) -> Iterator[Call]:
+def watched_upload(owner: Router, *, counted: bool = True) -> Iterator[Call]:
     """A watched upload, and a permit if `counted`, for a request that is no chat but has a body."""
     call = owner.begin(flask.request.environ.get("gunicorn.socket"))
-    owner.flights.board(call.flight, counted=counted)
+    owner.flights.acquire(call.flight, counted=counted)
     try:
         yield call
     finally:
-        owner.flights.land(call.flight)
+        owner.flights.release(call.flight)
 
 
 def explain(owner: Router, call: Call, chat: Chat) -> dict[str, Any]:
@@ -1601,7 +1424,7 @@ def config() -> flask.Response:
 @routes.post("/config/model-mapping")
 def set_category() -> dict[str, Any]:
     """Create or change a category; a mapping changes only the chain of one that exists."""
-    with boarded(router(), counted=False):  # a full house must not keep an operator out
+    with watched_upload(router(), counted=False):  # a full house must not keep an operator out
         _, body, _ = parse_object(read_body(flask.request))
     check(body, "CategoryChange" if flask.request.path.endswith("category") else "MappingChange")
     name = body.get("name") or body["category"]
@@ -1664,47 +1487,34 @@ def create_app(settings: Settings | None = None, *, session: requests.Session | 
     if settings.demo:
         from parts import demo  # only here: a router with a key never loads it
 
-        session.mount("demo://", demo.DemoAdapter())
-    app = App(settings.max_body_mb, HERE / "parts/dashboard.html")
+        session.mount("demo://", demo.DemoAdapter(Reply))
+    app = App(settings, HERE / "parts/dashboard.html")
     owner = app.extensions["router"] = Router(settings, session, clock)
     if settings.redis_url:
         from parts import cluster  # only here: one instance alone runs no line of it
 
         owner.cluster = cluster.join(owner)
-    rejections = log_rejections(settings.validation_log)
     app.register_blueprint(routes)
     app.before_request(lambda: preflight(flask.request, settings))
     app.before_request(lambda: guard(flask.request, settings))
     app.after_request(add_headers)
     app.register_error_handler(
-        Exception, lambda e: error_response(translated(e, flask.request.path), rejections)
+        Exception, lambda e: error_response(as_router_error(e, flask.request.path))
     )
-    app.serve_chat = partial(serve_chat, app, settings, rejections)
     log.info("start", {"version": VERSION, "routes": str(settings.routes), "demo": settings.demo})
     if owner.store.table.mode != "keywords":
         threading.Thread(target=warm_up, args=(owner,), name="warm-up", daemon=True).start()
     return app
 
 
-def serve_chat(app: App, settings: Settings, rejections: logging.Logger,
-               request: flask.Request) -> flask.Response | Answered:  # fmt: skip
-    """A chat request by the short way of `App`; the same as what Flask does for the others."""
-    try:
-        guard(request, settings)
-        return chat(app.extensions["router"], request)
-    except Exception as e:  # noqa: BLE001  a bug of ours becomes a 500 that says so
-        with app.request_context(request.environ):
-            return add_headers(error_response(translated(e), rejections))
-
-
 def warm_up(owner: Router) -> None:
     """Have Ollama load the classifier's model before the first request needs it."""
     call = owner.begin(None)
-    owner.flights.board(call.flight, counted=False)
+    owner.flights.acquire(call.flight, counted=False)
     try:
         owner.classifier.warm_up(call.table, call.flight)
     finally:
-        owner.flights.land(call.flight)
+        owner.flights.release(call.flight)
 
 
 @lru_cache(maxsize=1)
@@ -1729,7 +1539,7 @@ def add_headers(response: flask.Response) -> flask.Response:
     return response
 
 
-def error_response(e: RouterError, rejections: logging.Logger) -> flask.Response:
+def error_response(e: RouterError) -> flask.Response:
     """The envelope; ends the call that the error ended."""
     call: Call | None = flask.request.environ.get(CALL)
     if call is None and flask.request.method == "POST" and flask.request.path in CHAT_PATHS:
@@ -1743,7 +1553,7 @@ def error_response(e: RouterError, rejections: logging.Logger) -> flask.Response
         "path": flask.request.path,
     }
     for finding in (e.detail or ()) if e.status == 422 else ():
-        rejections.info(json.dumps({**place, **finding}))
+        router().rejections.info(json.dumps({**place, **finding}))
     response = flask.jsonify(e.body())
     response.status_code = e.status
     response.headers.extend(e.headers)
@@ -1760,11 +1570,11 @@ def explain_here(settings: Settings, text: str) -> dict[str, Any]:
     log.addHandler(logging.NullHandler())  # the answer says it all
     owner = Router(settings, new_session(1), time.monotonic)
     call = owner.begin(None)
-    owner.flights.board(call.flight, counted=False)
+    owner.flights.acquire(call.flight, counted=False)
     try:
         return explain(owner, call, read_object(as_chat(text)))
     finally:
-        owner.flights.land(call.flight)
+        owner.flights.release(call.flight)
 
 
 def as_chat(text: str) -> bytes:

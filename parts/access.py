@@ -10,7 +10,7 @@ import base64
 import hmac
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -36,67 +36,6 @@ FORWARDED = (
     "Via",
 )
 OUR_NAMES = ("localhost", "host.docker.internal")  # the second is how a container calls its host
-
-
-_SLASHES = re.compile("//+")
-
-
-class App(flask.Flask):
-    """Flask, with what differs from its defaults, and a short way for chat requests.
-
-    Matching the path, contexts, a session and signals, none of which a chat needs, cost as much as
-    choosing and relaying do.
-    """
-
-    serve_chat: Callable[[flask.Request], flask.Response | Answered]
-
-    def __init__(self, max_body_mb: int, page: Path):
-        super().__init__("llm-router", static_folder=None)
-        most = (max_body_mb << 20) + 1
-        self.config.update(MAX_CONTENT_LENGTH=most, PROVIDE_AUTOMATIC_OPTIONS=False)
-        self.json.sort_keys = False  # type: ignore[attr-defined]
-        self.url_map.merge_slashes = False  # `wsgi_app` does; this would answer with a redirect
-        self.extensions["page"] = read_page(page)
-        for path in CHAT_PATHS:  # for the other methods: a 405 instead of a 404
-            self.add_url_rule(path, "chat", methods=["POST"])
-
-    def wsgi_app(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        """Answer one request."""
-        path = environ["PATH_INFO"]
-        if "//" in path:  # a base URL that ends in a slash; every door looks at the same path
-            path = environ["PATH_INFO"] = _SLASHES.sub("/", path)
-        if path not in CHAT_PATHS or environ["REQUEST_METHOD"] != "POST":
-            return super().wsgi_app(environ, start_response)
-        request = self.request_class(environ, populate_request=False)  # they would form a circle
-        request.max_content_length = self.config["MAX_CONTENT_LENGTH"]
-        return self.serve_chat(request)(environ, start_response)
-
-
-class Answered:
-    """A chat's answer, as WSGI wants it. Its headers are complete, so nobody looks through them."""
-
-    def __init__(self, body: Iterable[bytes], headers: dict[str, str], close: Callable[[], None]):
-        self.headers = headers
-        self._body, self._close = body, close
-
-    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        """Start it; what is returned is the body, to be closed. One that cannot start has ended."""
-        try:
-            start_response("200 OK", list(self.headers.items()))
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self._body)
-
-    def close(self) -> None:
-        """End the body, then what it belongs to."""
-        try:
-            getattr(self._body, "close", lambda: None)()
-        finally:
-            self._close()
 
 
 def read_page(path: Path) -> tuple[bytes, str]:
@@ -239,7 +178,7 @@ def is_local(request: flask.Request) -> bool:
     )
 
 
-def translated(e: Exception, path: str = "") -> RouterError:
+def as_router_error(e: Exception, path: str = "") -> RouterError:
     """Whatever was raised, as our error; a bug is a 500 that blames no model and logs no value."""
     if isinstance(e, RouterError):
         return e

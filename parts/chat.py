@@ -38,7 +38,7 @@ class Chat:
         """True when the client asked for the usage chunk of a stream itself."""
         return bool((self.body.get("stream_options") or {}).get("include_usage"))
 
-    def settle(self) -> None:
+    def forget_messages(self) -> None:
         """Forget messages and tools once a chain is chosen: parsed they take thrice their text."""
         _ = self.wants_tools, self.wants_images  # which look at them
         self.body = {k: v for k, v in self.body.items() if k not in ("messages", "tools")}

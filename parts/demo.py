@@ -1,15 +1,18 @@
 """Demo answers: a transport adapter for requests that answers `demo://` in this process.
 
 Loaded with ROUTER_DEMO=1 only. It lets a newcomer see the router choose, stream and count before
-there is any key; every answer says that it is made up and for which model it stands in.
+there is any key; every answer says that it is made up and for which model it stands in. It comes
+over a socket pair, in HTTP, so that nobody else has to know that it is none of an upstream.
 """
 
 from __future__ import annotations
 
-import io
+import contextlib
 import json
+import socket
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import requests
@@ -18,59 +21,52 @@ from requests.adapters import BaseAdapter
 WORD_PAUSE_S = 0.02  # so that a stream looks like one
 
 
-class Paced(io.RawIOBase):
-    """Bytes that come piece by piece, each a moment after the one before."""
-
-    reason = "OK"
-
-    def __init__(self, pieces: list[bytes], pause_s: float):
-        super().__init__()
-        self._pieces = pieces
-        self._pause_s = pause_s
-
-    def read1(self, size: int = -1) -> bytes:
-        """The next piece; b'' after the last."""
-        if not self._pieces:
-            return b""
-        time.sleep(self._pause_s)
-        return self._pieces.pop(0)
-
-    def release_conn(self) -> None:
-        """Nothing to give back: there is no connection."""
-
-
 class DemoAdapter(BaseAdapter):
-    """Answers chat completions as an upstream would, whole or streamed."""
+    """Answers chat completions as an upstream would, whole or streamed.
 
-    def send(
-        self, request: requests.PreparedRequest, *args: Any, **kwargs: Any
-    ) -> requests.Response:
+    `reply` is exchange.Reply: what reads an answer from a socket, with this as its pool.
+    """
+
+    def __init__(self, reply: Callable[..., Any]):
+        super().__init__()
+        self._reply = reply
+
+    def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> Any:
         """A made-up answer to the chat request in `request`."""
-        body = json.loads(b"".join(request.body or [b"{}"]))  # type: ignore[arg-type]
-        text = (
-            f"[demo] No API key is set, so nobody was asked. {body['model']} would have answered "
-            "here. Put your key into .env and start again."
-        )
-        response = requests.Response()
-        response.status_code = 200
-        response.request = request
-        if body.get("stream"):
-            response.headers["Content-Type"] = "text/event-stream"
-            response.raw = Paced(stream_pieces(body, text), WORD_PAUSE_S)
-        else:
-            response.headers["Content-Type"] = "application/json"
-            message = {"role": "assistant", "content": text}
-            choice = {"index": 0, "message": message, "finish_reason": "stop"}
-            whole = {
-                **envelope(body, "chat.completion"),
-                "choices": [choice],
-                "usage": usage(body, text),
-            }
-            response.raw = Paced([json.dumps(whole).encode()], 0.0)
-        return response
+        outgoing: Any = request.body
+        body = json.loads(b"".join(outgoing.pieces))
+        ours, theirs = socket.socketpair()
+        outgoing.flight.attach(ours)
+        threading.Thread(target=answer, args=(theirs, body), name="demo", daemon=True).start()
+        reply = self._reply(ours, outgoing.flight, self, ours)
+        reply.begin()
+        return reply
+
+    def _put_conn(self, conn: socket.socket) -> None:
+        conn.close()
 
     def close(self) -> None:
         """Nothing to close."""
+
+
+def answer(sock: socket.socket, body: Mapping[str, Any]) -> None:
+    """Send the answer to `body` in HTTP, a stream word by word, and hang up."""
+    text = (
+        f"[demo] No API key is set, so nobody was asked. {body['model']} would have answered "
+        "here. Put your key into .env and start again."
+    )
+    kind, pieces = "text/event-stream", stream_pieces(body, text)
+    if not body.get("stream"):
+        message = {"role": "assistant", "content": text}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        head = envelope(body, "chat.completion")
+        whole = {**head, "choices": [choice], "usage": usage(body, text)}
+        kind, pieces = "application/json", [json.dumps(whole).encode()]
+    with contextlib.closing(sock), contextlib.suppress(OSError):  # the client may leave
+        sock.sendall(f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\n\r\n".encode())
+        for piece in pieces:
+            sock.sendall(piece)
+            time.sleep(WORD_PAUSE_S if len(pieces) > 1 else 0)
 
 
 def envelope(body: Mapping[str, Any], kind: str) -> dict[str, Any]:

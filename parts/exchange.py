@@ -1,51 +1,63 @@
-"""The wire: HTTP calls to upstreams that can be hung up at any moment.
+"""One HTTP exchange with an upstream: a connection, a request, the head of the reply.
 
-A WSGI thread learns that its client left only at its next write, and `requests` counts a read
-timeout from one packet to the next. So every call belongs to a `Flight`, which knows the client's
-socket, the upstream's socket and the next deadline, and one watcher thread ends flights whose
-client left or whose deadline passed, by shutting the upstream socket down. Nothing here knows
-Flask, models or categories.
+`requests` and urllib3 keep what they are good at: pools, proxies, certificates. Sending a request
+and reading a reply is ours, since a flight must be able to end it at any moment (flights.py), and
+since http.client reads a head as an email, which costs more than the exchange itself.
+
+Who may touch what, when:
+
+- An exchange belongs to the thread that made it, from `Endpoint.send` until `Reply.close`; after
+  the commit the carrier's thread reads from the reply's socket instead, never both.
+- The flight is handed over with the body (`Outgoing`), noted in the connection, and told of each
+  socket that the thread waits on. The watcher may shut that socket down: reading then ends like a
+  reset, and `flight.why` says that it was none.
+- Before a connection goes back into its pool the flight lets go of it under its own lock
+  (`_put_conn`). A late shutdown would else hit the next request on that connection.
+- A pooled connection is nobody's. What comes on it unasked, or too long a rest, closes it
+  (`_take`). Its own fault, a reset or silence before any byte, is not the model's: the request is
+  sent once more on a fresh one, and the rest of that pool is dropped.
+- `as_failure` is the one place that turns a library's exception into an outcome.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
-import logging
 import math
 import os
 import queue
 import re
+import select
 import socket
 import ssl
-import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import requests
 import urllib3
 import urllib3.connection
 from requests.adapters import HTTPAdapter
+from urllib3.util.ssl_match_hostname import CertificateError
 
 from parts.addresses import is_loopback
 from parts.errors import Failure
 from parts.flights import Flight
 from parts.settings import SettingsError, ca_bundle
 
-log = logging.getLogger("llm_router")
-
 MAX_ANSWER = 32 << 20  # bytes of one whole answer, or of one held stream
 MAX_ERROR = 64 << 10  # bytes read of an error page
 READ_SIZE = 65536
-MAX_HEAD = 65536  # of an answer, in bytes
-MAX_HEADERS, MAX_LINE = 100, 65536  # of an answer's head, and of a line in it or its chunks
+MAX_HEAD = 65536  # of a reply, in bytes
+MAX_HEADERS, MAX_LINE = 100, 65536  # of a reply's head, and of a line in it or its chunks
+REST_S = 30.0  # a pooled connection that rested longer is not used again: NATs forget it
+AGE_S = 600.0  # nor one that is older
+SILENCE_S = 3.0  # the least that a used connection may say nothing, before a fresh one is tried
 Pieces = Sequence[bytes | memoryview]  # of a request's body
-_current = threading.local()  # .flight: whose upstream call this thread makes
-
 
 HEX = re.compile(rb"[0-9a-fA-F]{1,15}(?=[ \t]*(?:;|$))")
 TRAILER, BROKEN = -1, -2  # instead of a number of bytes: after the last chunk; no chunk at all
@@ -53,17 +65,20 @@ HEAD_END = re.compile(rb"\r?\n\r?\n")
 STATUS_LINE = re.compile(r"HTTP/1\.(\d+)\s+([1-9]\d\d)(?:\s.*)?")
 
 
-class Answer:
-    """An upstream's answer: its head, then its body as it comes.
+class Outgoing(NamedTuple):
+    """A request's body on its way through `requests`, and for whom it goes."""
 
-    http.client reads a head as an email and hides what has come but was not asked for; both cost
-    more than the exchange itself. Errors are those of http.client and OSError.
-    """
+    pieces: Pieces
+    flight: Flight
+    silence_s: float  # what a used connection may say nothing
 
-    def __init__(self, sock: socket.socket, pool: Any = None, connection: Any = None):
-        self.sock = sock
-        self.pool = pool
-        self.connection = connection  # while it may have to be closed or given back
+
+class Reply:
+    """An upstream's reply: its head, then its body as it comes. Whatever breaks is a Failure."""
+
+    def __init__(self, sock: socket.socket, flight: Flight, pool: Any = None, conn: Any = None):
+        self.sock, self.flight = sock, flight
+        self._pool, self._conn = pool, conn  # while it may have to be closed or given back
         self.status_code = 0
         self.headers: dict[str, str] = {}  # by name in lower case; several of a name in one
         self.length: int | None = None  # what is missing of a body whose length was told
@@ -74,16 +89,29 @@ class Answer:
         self._rest = b""  # received and not looked at yet
 
     @property
-    def raw(self) -> Answer:
-        """Where requests' responses keep the body to read."""
-        return self
+    def has_come(self) -> bool:
+        """True once any byte of it was received."""
+        return bool(self._rest or self.status_code)
 
     def begin(self) -> None:
         """Read the head."""
-        status, lines = 100, [""]
-        while 100 <= status < 200:  # only says that the answer will come
-            status, lines = self._read_head()
-        self.status_code = status
+        status, lines, looked_at = 100, [""], 0
+        while 100 <= status < 200:  # only says that the reply will come
+            while not (end := HEAD_END.search(self._rest, max(0, looked_at - 3))):
+                looked_at = len(self._rest)
+                if looked_at > MAX_HEAD:
+                    raise Failure("not_an_answer", "an endless head")
+                data = self.sock.recv(READ_SIZE)
+                if not data:
+                    raise http.client.RemoteDisconnected("in the head")
+                self._rest += data
+            text = self._rest[: end.start()].decode("latin-1")
+            self._rest, looked_at = self._rest[end.end() :], 0
+            lines = text.replace("\r\n", "\n").split("\n")
+            found = STATUS_LINE.fullmatch(lines[0])
+            if not found or len(lines) > MAX_HEADERS or len(text) > MAX_HEAD:
+                raise Failure("not_an_answer", "no head of HTTP/1, or too long")
+            status = int(found[2])
         name = ""
         for line in lines[1:]:
             if line[:1] in (" ", "\t"):  # the line before goes on
@@ -94,73 +122,64 @@ class Answer:
             if name:
                 value, before = value.strip(), self.headers.get(name)
                 self.headers[name] = value if before is None else f"{before}, {value}"
-        self._frame(lines[0])
+        self.status_code = status
+        self._frame(is_old=found[1] == "0")
 
-    def _read_head(self) -> tuple[int, list[str]]:
-        """Status and lines of one head, the first of them the status line."""
-        looked_at = 0
-        while not (end := HEAD_END.search(self._rest, max(0, looked_at - 3))):
-            looked_at = len(self._rest)
-            if looked_at > MAX_HEAD:
-                raise http.client.LineTooLong("head")
-            data = self.sock.recv(READ_SIZE)
-            if not data:
-                raise http.client.RemoteDisconnected("in the head")
-            self._rest += data
-        text = self._rest[: end.start()].decode("latin-1")
-        self._rest = self._rest[end.end() :]
-        lines = text.replace("\r\n", "\n").split("\n")
-        found = STATUS_LINE.fullmatch(lines[0])
-        if not found or len(lines) > MAX_HEADERS or len(text) > MAX_HEAD:
-            raise http.client.HTTPException("no head of HTTP/1, or too long")
-        return int(found[2]), lines
+    def _frame(self, is_old: bool) -> None:
+        """Where the body ends, and whether the connection outlives it.
 
-    def _frame(self, status_line: str) -> None:
-        """Where the body ends, and whether the connection outlives it."""
-        told = {value.strip() for value in self.headers.get("content-length", "").split(",")}
-        self.chunked = self.headers.get("transfer-encoding", "").lower() == "chunked"
-        if len(told) > 1 and not self.chunked:
-            raise http.client.HTTPException("lengths that contradict each other")
-        length = told.pop()
-        if length.isdecimal() and length.isascii() and not self.chunked:
-            self.length = int(length[:18])
+        Framing that cannot be understood is a failure: to guess would give one client what was
+        meant for another (RFC 9112, 6.3).
+        """
+        headers = self.headers
+        coding = headers.get("transfer-encoding", "identity").lower()
+        told = headers.get("content-length")
+        self.chunked = coding == "chunked"
+        if not self.chunked and coding != "identity":
+            raise Failure("not_an_answer", "a transfer coding that was not asked for")
+        if told is not None and not self.chunked:
+            told, *others = dict.fromkeys([value.strip() for value in told.split(",")])
+            if others or not re.fullmatch("0{0,99}[0-9]{1,15}", told):
+                raise Failure("not_an_answer", "a length that is none")
+            self.length = int(told)
         if self.status_code in (204, 304):
             self.length, self.chunked = 0, False
         endless = self.length is None and not self.chunked
-        kept = self.headers.get("connection", "").lower()
-        old = status_line.startswith("HTTP/1.0")
-        self.will_close = endless or ("keep-alive" not in kept if old else "close" in kept)
+        kept = headers.get("connection", "").lower()
+        odd = self.chunked and (told is not None or is_old)
+        ends = "keep-alive" not in kept if is_old else "close" in kept
+        self.will_close = endless or odd or ends
 
     def read1(self, n: int = READ_SIZE) -> bytes:
-        """What has come of the body, waiting for some; b'' at its end."""
-        out = self._unframed(b"")
-        while not out and not self.is_whole:
-            data = self.sock.recv(n)
-            if not data:
-                self.close()
+        """What has come of the body, waiting for some; b"" at its end."""
+        out = self._unframed(b"") if self._rest else b""
+        while not out and not self.ended and self.length != 0:
+            try:
+                data = self.sock.recv(n)
+            except (OSError, ValueError) as e:
+                raise Failure(self.flight.why or "cut", status=self.status_code) from e
             out = self.take(data)
-            if not data:
-                break
-        if not out and self.is_whole:
+        if not out and self.flight.why:
+            raise Failure(self.flight.why, status=self.status_code)
+        if not out or self.ended or self.length == 0:
             self.close()  # its connection can serve the next request already
         return out
 
     def take(self, data: bytes) -> bytes:
         """The body's bytes in `data`, just received; b"" there says that the upstream closed.
 
-        Then a body without length or chunks is whole; IncompleteRead when there are chunks.
-        ValueError when no chunk begins where one has to.
+        Then a body without length or chunks is whole; any other was cut.
         """
         if not data:
-            if self.chunked:
-                raise http.client.IncompleteRead(b"")
-            self.ended = self.length is None
+            if self.flight.why or self.chunked or self.length:
+                raise Failure(self.flight.why or "cut", status=self.status_code)
+            self.ended = True
             return b""
         return self.one_chunk(data) or self._unframed(data)
 
     def one_chunk(self, data: bytes) -> bytes:
         """The bytes in `data` when it is one whole chunk, as it nearly always is; else b""."""
-        if self.chunked and not self._rest and not self._chunk_left:
+        if self.chunked and not self._rest and not self._chunk_left and not self.ended:
             at = data.find(b"\r\n") + 2
             size = len(data) - at - 2
             if size > 0 and data[: at - 2] == b"%x" % size and data[-2:] == b"\r\n":
@@ -196,10 +215,8 @@ class Answer:
                 left = int(size[0], 16) + 2 if size else BROKEN
                 left = TRAILER if left == 2 else left
         self._chunk_left, self._rest = left, data[at:]
-        if left == BROKEN and not out:
-            raise ValueError("chunk size")
-        if len(self._rest) > MAX_LINE:
-            raise http.client.LineTooLong("chunk size")
+        if (left == BROKEN and not out) or len(self._rest) > MAX_LINE:
+            raise Failure("cut", "no chunk begins where one has to", self.status_code)
         return b"".join(out)
 
     @property
@@ -209,18 +226,52 @@ class Answer:
 
     def close(self) -> None:
         """Give the connection back if it can be used again, else close it."""
-        connection, self.connection = self.connection, None
-        if connection is not None:
-            if self.will_close or self._rest or not self.is_whole:
-                connection.close()
-            self.pool._put_conn(connection)
+        conn, self._conn = self._conn, None
+        if conn is not None:
+            if self.will_close or self._rest or not (self.ended or self.length == 0):
+                conn.close()
+            self._pool._put_conn(conn)
 
 
-def send_all(sock: socket.socket, pieces: Pieces) -> None:
-    """Send all of it, without putting it together where the system does that."""
-    sent = 0 if isinstance(sock, ssl.SSLSocket) else sock.sendmsg(pieces)
-    if sent < sum(map(len, pieces)):
-        sock.sendall(memoryview(b"".join(pieces))[sent:])
+def read_whole(reply: Reply, limit: int = MAX_ANSWER) -> bytes:
+    """All bytes of a body of at most `limit` bytes; Failure when it breaks off or is larger."""
+    chunks, size = [], 0
+    while chunk := reply.read1():
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > limit:
+            raise Failure("not_an_answer", f"over {limit} bytes", status=reply.status_code)
+    return b"".join(chunks)
+
+
+def send_all(sock: socket.socket, pieces: Pieces) -> bool:
+    """Send all of it, without putting it together where the system does that.
+
+    False when the upstream answered before it had all: what is left is not sent (RFC 9112, 9.5).
+    """
+    total, waits = sum(map(len, pieces)), not isinstance(sock, ssl.SSLSocket)
+    sent = sock.sendmsg(pieces, (), socket.MSG_DONTWAIT) if waits else 0
+    if sent == total:
+        return True
+    rest = memoryview(b"".join(pieces))[sent:]
+    if not waits:
+        sock.sendall(rest)
+        return True
+    poll = select.poll()
+    poll.register(sock, select.POLLIN | select.POLLOUT)
+    while rest:
+        events = poll.poll()[0][1]
+        if events & select.POLLIN:
+            return False
+        rest = rest[sock.send(rest, socket.MSG_DONTWAIT) :]
+    return True
+
+
+# --- connections ---------------------------------------------------------------------------------
+
+
+class Silent(Exception):
+    """A used connection said nothing for so long that it may be dead."""
 
 
 class _Noted:
@@ -228,30 +279,42 @@ class _Noted:
 
     flight: Flight | None = None
     sock: socket.socket | None
+    born = rested = 0.0  # when it was connected, and when it was last given back
 
     def _new_conn(self) -> socket.socket:
         sock: socket.socket = super()._new_conn()  # type: ignore[misc]
-        flight = getattr(_current, "flight", None)
-        if flight:  # a copy, because TLS takes the descriptor away from this object
+        self.born = time.monotonic()
+        if self.flight:  # a copy, because TLS takes the descriptor away from this object
             self.copy = sock.dup()
-            flight.attach(self.copy)
+            self.flight.attach(self.copy)
         return sock
 
-    def exchange(self, pool: Any, head: bytes, body: Pieces) -> Answer:
-        """Send a request and read the head of its answer, for the flight of this thread."""
-        assert self.sock is not None
-        self.flight = getattr(_current, "flight", None)
-        if self.flight:
-            self.flight.attach(self.sock)
-            self.drop_copy()
-        if self.sock.gettimeout() is not None:
-            self.sock.settimeout(None)  # the watcher keeps the limits
-        # In one packet: the upstream wakes up once. It may have refused already, and closed.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            send_all(self.sock, [head, *body])
-        answer = Answer(self.sock, pool, self)
-        answer.begin()
-        return answer
+    def exchange(self, pool: Any, head: bytes, body: Outgoing, used: bool) -> Reply:
+        """Send a request and read the head of its reply."""
+        sock = self.sock
+        assert sock is not None
+        body.flight.attach(sock)
+        self.drop_copy()
+        if sock.gettimeout() is not None:
+            sock.settimeout(None)  # the watcher keeps the limits
+        is_sent, reply = True, Reply(sock, body.flight, pool, self)
+        try:  # in one packet: the upstream wakes up once
+            is_sent = send_all(sock, [head, *body.pieces])
+        except (BrokenPipeError, ConnectionResetError):  # it may have refused already, and closed
+            is_sent = False
+        if used and is_sent:
+            poll = select.poll()
+            poll.register(sock, select.POLLIN)
+            if not poll.poll(body.silence_s * 1000):
+                raise Silent
+        try:
+            reply.begin()
+        except Exception as e:
+            if used and not reply.has_come and isinstance(e, ConnectionError):
+                raise Silent from e
+            raise
+        reply.will_close = reply.will_close or not is_sent
+        return reply
 
     def close(self) -> None:
         """Close, and let no flight shut down what the system may give to somebody else."""
@@ -308,50 +371,79 @@ class _NotedPool:
 
     QueueCls = Stack
     scheme: str | None
+    host: str
+    port: int | None
+    pool: Any
     proxy_headers: Mapping[str, str]
 
-    def urlopen(self, method: str, url: str, *, body: Pieces, headers: Mapping[str, str],
-                timeout: urllib3.Timeout, **more: Any) -> Answer:  # fmt: skip
-        """One exchange; the answer's body is unread. urllib3's exceptions.
+    def urlopen(self, method: str, url: str, *, body: Outgoing, headers: Mapping[str, str],
+                timeout: urllib3.Timeout, **more: Any) -> Reply:  # fmt: skip
+        """One exchange; the reply's body is unread. Failure.
 
         urllib3's own way copies, checks and wraps for retries, redirects and decoding, which the
         router never uses: two thirds of a call's time.
         """
+        more_headers = self.proxy_headers if self.scheme == "http" else {}
+        lines = [f"{name}: {value}" for name, value in {**headers, **more_headers}.items()]
+        head = "\r\n".join([f"{method} {url} HTTP/1.1", *lines, "", ""]).encode("latin-1")
+        flight = body.flight
+        while True:
+            conn, connected = self._take(flight), False
+            used = not conn.is_closed
+            try:
+                conn.timeout = timeout.connect_timeout
+                if not used:
+                    self._connect(conn)
+                connected = True
+                reply: Reply = conn.exchange(self, head, body, used and not flight.resent)
+                return reply
+            except BaseException as e:
+                conn.close()
+                self._put_conn(conn)
+                if isinstance(e, Silent) and not flight.why:
+                    flight.resent = True  # on a fresh one: the rest of the pool may be as dead
+                    self._drop_idle()
+                    continue
+                failure = as_failure(e, flight, self._where(conn), connected)
+                if failure is e:
+                    raise
+                raise failure from e
+
+    def _take(self, flight: Flight) -> Any:
+        """A connection, closed when it has to be made first; urllib3 has looked for stray bytes."""
         conn = self._get_conn()  # type: ignore[attr-defined]
-        try:
-            conn.timeout = timeout.connect_timeout
-            if conn.is_closed:
-                self._connect(conn)
-            more_headers = self.proxy_headers if self.scheme == "http" else {}
-            lines = [f"{method} {url} HTTP/1.1"]
-            lines += [f"{name}: {value}" for name, value in {**headers, **more_headers}.items()]
-            head = "\r\n".join([*lines, "", ""]).encode("latin-1")
-            answer: Answer = conn.exchange(self, head, body)
-            return answer
-        except BaseException as e:
-            conn.close()
-            self._put_conn(conn)
-            if isinstance(e, OSError | http.client.HTTPException):
-                raise urllib3.exceptions.ProtocolError("broke off", e) from e
-            raise
+        if not conn.is_closed:
+            now = time.monotonic()
+            if flight.resent or now - conn.rested > REST_S or now - conn.born > AGE_S:
+                conn.close()
+        conn.flight = flight
+        return conn
+
+    def _drop_idle(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                conn = self.pool.get()
+                if conn is not None:
+                    conn.close()
 
     def _connect(self, conn: Any) -> None:
         """Connect, over TLS through the proxy's tunnel where there is a proxy."""
-        try:
-            if conn.proxy is not None and self.scheme == "https":
-                self._prepare_proxy(conn)  # type: ignore[attr-defined]
-            else:
-                conn.connect()
-        except ssl.SSLError as e:
-            raise urllib3.exceptions.SSLError(e) from e
-        except TimeoutError as e:  # while TLS shook hands
-            raise urllib3.exceptions.ConnectTimeoutError(conn, "TLS") from e
+        if conn.proxy is not None and self.scheme == "https":
+            self._prepare_proxy(conn)  # type: ignore[attr-defined]
+        else:
+            conn.connect()
+
+    def _where(self, conn: Any) -> str:
+        """What a person is told of whom it is that does not answer."""
+        proxy = getattr(conn, "proxy", None)
+        return f"the proxy {proxy.host}:{proxy.port}" if proxy else f"{self.host}:{self.port}"
 
     def _put_conn(self, conn: Any) -> None:
         """Before anyone else may use the connection, its flight lets go of it."""
-        flight = getattr(conn, "flight", None)
+        flight = conn.flight
         if flight:
             conn.flight = None
+            conn.rested = time.monotonic()
             if not flight.detach():
                 conn.close()
         super()._put_conn(conn)  # type: ignore[misc]
@@ -365,10 +457,20 @@ class _HTTPSPool(_NotedPool, urllib3.HTTPSConnectionPool):  # type: ignore[misc]
     ConnectionCls = _HTTPSConnection
 
 
+def socket_options() -> list[tuple[int, int, int]]:
+    """A peer that is gone is noticed within half a minute, where the platform can."""
+    wanted = (("TCP_NODELAY", 1), ("TCP_KEEPIDLE", 15), ("TCP_KEEPALIVE", 15), ("TCP_KEEPINTVL", 5),
+              ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 30_000))  # fmt: skip
+    known = [(name, value) for name, value in wanted if hasattr(socket, name)]
+    return [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+            *[(socket.IPPROTO_TCP, getattr(socket, name), value)
+              for name, value in known]]  # fmt: skip
+
+
 class Adapter(HTTPAdapter):
     """requests' adapter with connections that a flight can shut down.
 
-    What depends on the URL alone is worked out once, and of an answer only what we look at is kept.
+    What depends on the URL alone is worked out once, and of a reply only what we look at is kept.
     """
 
     def __init__(self, **kwargs: Any):
@@ -389,17 +491,17 @@ class Adapter(HTTPAdapter):
         return self._known[request.url][1]
 
     def build_response(self, req: Any, resp: Any) -> Any:
-        """The answer itself has what we look at of a response: status, headers, body, close."""
+        """The reply itself has what we look at of a response: status, headers, body, close."""
         return resp
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         """Pools of our connections."""
-        super().init_poolmanager(*args, **kwargs)
+        super().init_poolmanager(*args, **kwargs, socket_options=socket_options())
         self.poolmanager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
 
     def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
         """The same through a proxy."""
-        manager = super().proxy_manager_for(proxy, **kwargs)
+        manager = super().proxy_manager_for(proxy, **kwargs, socket_options=socket_options())
         manager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
         return manager
 
@@ -410,6 +512,9 @@ def new_session(threads: int) -> requests.Session:
     for scheme in ("http://", "https://"):
         session.mount(scheme, Adapter(pool_connections=32, pool_maxsize=threads, max_retries=0))
     return session
+
+
+# --- one URL -------------------------------------------------------------------------------------
 
 
 def proxies_for(url: str) -> dict[str, str]:
@@ -435,18 +540,19 @@ def proxies_for(url: str) -> dict[str, str]:
     return proxies
 
 
-class Line:
+class Endpoint:
     """One URL to post JSON to, prepared once: adapter, headers, proxy, certificates."""
 
     def __init__(
         self, session: requests.Session, url: str, environ: Mapping[str, str], key: str = ""
     ):
-        self.url = requests.utils.requote_uri(url)
-        self.where = str(urllib3.util.parse_url(url).netloc)  # for what is said to a person
+        self.url = url
         self.key = key
         self.adapter = session.get_adapter(url)
         self.verify = ca_bundle(environ) or True
         self.proxies = proxies_for(url)
+        self.where = urlsplit(url).netloc
+        self._slowest_s = 0.0  # of the first bytes lately, which says what silence is usual
         self.headers = {
             "Host": self.where,
             "Content-Type": "application/json",
@@ -457,95 +563,116 @@ class Line:
         if key:
             self.headers["Authorization"] = f"Bearer {key}"
 
-    def send(self, body: Pieces, flight: Flight, connect_s: float) -> requests.Response:
-        """One HTTP call on behalf of `flight`; the library's exceptions become a Failure here.
+    def send(self, body: Pieces, flight: Flight, connect_s: float) -> Reply:
+        """The reply to a POST of `body`, its body unread; or Failure.
 
         HTTPAdapter.send costs half of Session.post, follows no redirect and knows no cookies. The
         watcher enforces the deadlines, since a read timeout counts from one packet to the next.
+        On a used connection twice the longest silence lately seen, and at most half of what is
+        left, may pass before a fresh one is tried.
         """
+        began = flight.clock()
+        patience_s = max(SILENCE_S, 2 * self._slowest_s)
+        half_s = max(0.0, flight.due[0] - began) / 2
+        outgoing: Any = Outgoing(body, flight, min(patience_s, half_s))
         request = requests.PreparedRequest()
-        pieces: Any = body
-        request.method, request.url, request.body = "POST", self.url, pieces
-        headers: Any = {**self.headers, "Content-Length": str(sum(map(len, body)))}
-        request.headers = headers
-        _current.flight = flight
-        with translated(flight, self.where):
-            return self.adapter.send(
-                request,
-                stream=True,
-                timeout=(connect_s, None),
-                verify=self.verify,
-                proxies=self.proxies,
-            )
+        request.method, request.url, request.body = "POST", self.url, outgoing
+        length = str(sum(map(len, body)))
+        request.headers = {**self.headers, "Content-Length": length}  # type: ignore[assignment]
+        try:
+            reply: Any = self.adapter.send(request, stream=True, timeout=(connect_s, None),
+                                           verify=self.verify, proxies=self.proxies)  # fmt: skip
+        except Failure:
+            raise
+        except Exception as e:
+            failure = as_failure(e, flight, self.where, connected=False)
+            if failure is e:
+                raise
+            raise failure from e
+        self._slowest_s = max(flight.clock() - began, 0.9 * self._slowest_s)
+        return reply if isinstance(reply, Reply) else from_elsewhere(reply, flight)
 
 
-@contextlib.contextmanager
-def translated(flight: Flight, where: str) -> Iterator[None]:
-    """What requests and urllib3 raise before an answer's head has come, as a Failure."""
+def from_elsewhere(response: requests.Response, flight: Flight) -> Reply:
+    """The reply of another transport than ours, such as `responses` puts in place in tests."""
+    nowhere = socket.socket()
+    nowhere.close()
+    reply = Reply(nowhere, flight)
+    lines = [f"{name}: {value}" for name, value in response.headers.items()
+             if name.lower() not in ("content-length", "transfer-encoding")]  # fmt: skip
+    length = f"Content-Length: {len(response.content)}"
+    head = [f"HTTP/1.1 {response.status_code} OK", *lines, length]
+    reply._rest = "\r\n".join([*head, "\r\n"]).encode("latin-1") + response.content
+    reply.begin()
+    return reply
+
+
+# What this machine is short of; no fault of an upstream's.
+SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL)
+
+
+def as_failure(e: BaseException, flight: Flight, where: str, connected: bool) -> BaseException:
+    """What a library raised before a reply's head has come, as a Failure; a bug stays what it is.
+
+    `connected`: the request may have been sent.
+    """
+    if isinstance(e, Failure):
+        return e
+    if flight.why:
+        return Failure(flight.why)
+    causes = causes_of(e)
+    short = [c for c in causes if isinstance(c, OSError) and c.errno in SHORTAGE]
+    ours = (MemoryError, SettingsError, requests.exceptions.InvalidProxyURL,
+            requests.exceptions.InvalidSchema)  # fmt: skip
+    if short or isinstance(e, ours) or is_out_of_descriptors(causes):
+        said = os.strerror(short[0].errno).lower() if short else str(e)
+        return Failure("shortage", said)
+    known = (OSError, http.client.HTTPException, urllib3.exceptions.HTTPError, Silent,
+             CertificateError)  # fmt: skip
+    if not any(isinstance(cause, known) for cause in causes):
+        return e
+    tls = ssl.SSLError | urllib3.exceptions.SSLError | CertificateError
+    if any(isinstance(cause, tls) for cause in causes):
+        return Failure("tls", what_failed(e, where))
+    if not connected:
+        return Failure("connect", what_failed(e, where))
+    return Failure("reset" if isinstance(e, OSError | Silent) else "not_an_answer")
+
+
+def causes_of(e: BaseException) -> list[Any]:
+    """`e` and what it wraps, of which libraries know three ways."""
+    causes: list[Any] = [e]
+    for cause in causes:
+        inner = [cause.__cause__, cause.__context__, getattr(cause, "reason", None), *cause.args]
+        causes += [c for c in inner if isinstance(c, BaseException) and c not in causes]
+    return causes
+
+
+def is_out_of_descriptors(causes: Sequence[BaseException]) -> bool:
+    """True when a name was not found because the files that tell it could not be opened."""
+    if not any(isinstance(c, socket.gaierror) for c in causes):
+        return False
     try:
-        yield
-    except requests.exceptions.SSLError as e:
-        raise Failure(flight.why or "tls", what_failed(e, where)) from e
-    except (urllib3.exceptions.TimeoutError, urllib3.exceptions.NewConnectionError) as e:
-        raise Failure(flight.why or "connect", what_failed(e, where)) from e
-    except requests.exceptions.ConnectionError as e:
-        reached = isinstance(e.args[0] if e.args else e, urllib3.exceptions.ProtocolError)
-        outcome = flight.why or ("reset" if reached else "connect")
-        raise Failure(outcome, "" if reached else what_failed(e, where)) from e
-    except (
-        requests.RequestException,
-        urllib3.exceptions.HTTPError,
-        http.client.HTTPException,
-    ) as e:
-        raise Failure(flight.why or "not_an_answer") from e
-    finally:
-        _current.flight = None
+        os.close(os.dup(2))
+    except OSError as e:
+        return e.errno in SHORTAGE
+    return False
 
 
 def what_failed(e: BaseException, where: str) -> str:
     """A few words for a person: which host, and what of reaching it failed."""
-    causes: list[Any] = [e]
-    for cause in causes:  # libraries wrap them in each other, in three ways
-        inner = [cause.__cause__, cause.__context__, getattr(cause, "reason", None), *cause.args]
-        causes += [c for c in inner if isinstance(c, BaseException) and c not in causes]
-    proxy = any(isinstance(c, urllib3.exceptions.ProxyError) for c in causes)
-    at = f"{where}, through the proxy" if proxy else where
+    causes = causes_of(e)
     for cause in causes:
         if isinstance(cause, socket.gaierror | urllib3.exceptions.NameResolutionError):
-            return f"the name {at.partition(':')[0]} cannot be resolved"
+            return f"the name {where.partition(':')[0]} cannot be resolved"
         if isinstance(cause, ssl.SSLCertVerificationError):
-            return f"{at}: {cause.verify_message}"
+            return f"{where}: {cause.verify_message}"
         if isinstance(cause, ssl.SSLError):
-            return f"{at}: TLS failed: {(cause.reason or 'broken off').lower().replace('_', ' ')}"
+            return (
+                f"{where}: TLS failed: {(cause.reason or 'broken off').lower().replace('_', ' ')}"
+            )
     number = next((c.errno for c in causes if isinstance(c, OSError) and c.errno), None)
-    return f"{at}: {os.strerror(number).lower() if number else 'no answer in time'}"
-
-
-def read_chunks(response: requests.Response, flight: Flight) -> Iterator[bytes]:
-    """The answer's bytes as they come. `iter_content` would wait for the end of some answers."""
-    while True:
-        try:
-            chunk = response.raw.read1(READ_SIZE)
-        except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError) as e:
-            raise Failure(flight.why or "cut", status=response.status_code) from e
-        if not chunk:
-            break
-        yield chunk
-    if flight.why or getattr(
-        response.raw, "length", None
-    ):  # of the length told, so much is missing
-        raise Failure(flight.why or "cut", status=response.status_code)
-
-
-def read_whole(response: requests.Response, flight: Flight, limit: int = MAX_ANSWER) -> bytes:
-    """All bytes of an answer of at most `limit` bytes; Failure when it breaks off or is larger."""
-    chunks, size = [], 0
-    for chunk in read_chunks(response, flight):
-        chunks.append(chunk)
-        size += len(chunk)
-        if size > limit:
-            raise Failure("not_an_answer", f"over {limit} bytes", status=response.status_code)
-    return b"".join(chunks)
+    return f"{where}: {os.strerror(number).lower() if number else 'no answer in time'}"
 
 
 def retry_after_of(value: str | None) -> float | None:

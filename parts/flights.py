@@ -22,13 +22,8 @@ from parts.logs import where_it_broke
 
 log = logging.getLogger("llm_router")
 
-
 TICK_S = 0.25  # how often the watcher looks at clients and deadlines
-
-
 RESERVE = 8  # threads kept free of chats, so that /health and the admin routes always answer
-
-
 _LEFT = getattr(select, "POLLRDHUP", 0)  # Linux; elsewhere a read of zero bytes tells
 
 
@@ -39,8 +34,9 @@ class Flight:
         self.client = client
         self.clock = clock
         self.why: str | None = None  # what ended it, because a shutdown looks like a reset
+        self.resent = False  # the upstream was asked before: only a fresh connection will do
         self.due: tuple[float, str] = (math.inf, "")  # one value, so that the two always agree
-        self.landed = False
+        self.released = False
         self.counted = True
         self._lock = threading.Lock()  # guards the two below; held during a shutdown: no wait
         self._over: threading.Event | None = None  # made by the first wait
@@ -60,7 +56,7 @@ class Flight:
         `due`: only if this deadline is still the one in force.
         """
         with self._lock:
-            if self.landed or self.why or (due is not None and due is not self.due):
+            if self.released or self.why or (due is not None and due is not self.due):
                 return
             self.why = why
             hung_up = [self._sock]
@@ -72,10 +68,13 @@ class Flight:
             if self._over:
                 self._over.set()
 
-    def next_attempt(self) -> None:
-        """Forget a deadline that ended the last attempt, but not a client that left."""
+    def next_attempt(self, *, fresh: bool = False) -> None:
+        """Forget a deadline that ended the last attempt, but not a client that left.
+
+        `fresh`: it goes to the same upstream again, so no used connection will do.
+        """
         with self._lock:
-            self.due = (math.inf, "")
+            self.due, self.resent = (math.inf, ""), fresh
             if self.why not in (None, "client_left", "total"):
                 self.why = self._over = None
 
@@ -127,7 +126,7 @@ class Flights:
     def __len__(self) -> int:
         return len(self._air) - self._uncounted
 
-    def board(self, flight: Flight, *, counted: bool = True) -> None:
+    def acquire(self, flight: Flight, *, counted: bool = True) -> None:
         """Watch `flight` and give it a permit, at once; Full when all are taken.
 
         Not `counted`: it is watched, but takes no permit.
@@ -144,10 +143,10 @@ class Flights:
             if len(self._air) == 1:
                 self._busy.set()
 
-    def land(self, flight: Flight) -> None:
+    def release(self, flight: Flight) -> None:
         """Give the permit back; nothing shuts the flight's sockets down after this."""
         with flight._lock:
-            flight.landed = True
+            flight.released = True
         with self._lock:
             self._uncounted -= flight in self._air and not flight.counted
             self._air.discard(flight)

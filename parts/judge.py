@@ -11,11 +11,8 @@ import contextlib
 import re
 from typing import Any, NamedTuple
 
-import requests
-
 from parts.errors import Failure
-from parts.exchange import MAX_ERROR, read_whole, retry_after_of
-from parts.flights import Flight
+from parts.exchange import MAX_ERROR, Reply, read_whole, retry_after_of
 from parts.jsontext import parse_loosely
 
 
@@ -49,6 +46,7 @@ VERDICTS = {
     "client_error": Verdict("yes", False, "refused the request"),
     "content_filter": Verdict("no", False, "refused the content"),
     "total": Verdict("no", False, "ran out of the time for the whole request"),
+    "shortage": Verdict("no", False, "could not be asked: this machine is short of something"),
     "client_left": Verdict("no", False, "was left by the client"),
     "internal_error": Verdict("no", False, "met a bug of the router"),
 }
@@ -116,17 +114,17 @@ def failure_from(status: int, body: Any, retry_after: str | None = None) -> Fail
     return Failure(judge(status, text), str(message), status, wait_s)
 
 
-def check_head(response: requests.Response, flight: Flight) -> None:
+def check_head(reply: Reply) -> None:
     """Failure unless status and headers announce an answer that we can read."""
-    status = response.status_code
-    plain = response.headers.get("content-encoding", "identity").lower() in ("", "identity")
+    status = reply.status_code
+    plain = reply.headers.get("content-encoding", "identity").lower() in ("", "identity")
     if status == 200 and plain:
         return
     if status < 300:
         raise Failure("not_an_answer", f"status {status}" if plain else "compressed", status)
     data = b""
     with contextlib.suppress(Failure):  # the status is the verdict, with or without its text
-        data = read_whole(response, flight, MAX_ERROR) if plain else b""
-    if flight.why:
-        raise Failure(flight.why, status=status)
-    raise failure_from(status, parse_loosely(data), response.headers.get("retry-after"))
+        data = read_whole(reply, MAX_ERROR) if plain else b""
+    if reply.flight.why:
+        raise Failure(reply.flight.why, status=status)
+    raise failure_from(status, parse_loosely(data), reply.headers.get("retry-after"))

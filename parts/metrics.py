@@ -115,7 +115,7 @@ class Record:
     reason: str = ""
     stream: bool = False
     attempts: list[Attempt] = field(default_factory=list)
-    answer: Attempt | None = None
+    answered_by: Attempt | None = None
     seconds: float = 0.0
     first_token_s: float | None = None
     choose_s: float = 0.0
@@ -123,7 +123,7 @@ class Record:
     @property
     def last(self) -> Attempt | None:
         """The attempt that answered, or the last one made."""
-        return self.answer or (self.attempts[-1] if self.attempts else None)
+        return self.answered_by or (self.attempts[-1] if self.attempts else None)
 
     @property
     def counted_as(self) -> str:

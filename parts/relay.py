@@ -1,0 +1,286 @@
+"""One upstream answer: held until it has begun, or is complete, then passed on as it comes.
+
+Until the commit a `Failure` is raised and another model may be tried; after it a failure is told
+in the stream and never hidden. What became of an answer stands in `usage`, `finish` and `failure`.
+
+    prepare()   the thread of the request reads up to the commit: the first token, or the end
+    pass_on()   from there the carrier's thread reads and writes; this one waits for it
+
+The two threads never touch a relay at the same time: the carrier's has it from `carry` until it
+says that the stream is over, and while it is at work the other one waits, or only moves bytes
+from a socket pair to a client that the server alone can write to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from parts.carrier import Carried, Carrier
+from parts.errors import Failure, RouterError
+from parts.events import Event, EventReader
+from parts.exchange import MAX_ANSWER, Reply, read_whole
+from parts.flights import Flight
+from parts.jsontext import parse_loosely
+from parts.judge import VERDICTS, failure_from
+from parts.logs import where_it_broke
+
+log = logging.getLogger("llm_router")
+
+DRAIN_S = 1.0  # after the last event; then the connection is closed instead of kept
+DONE = b"data: [DONE]\n\n"
+# What counts as a token; a role alone does not.
+SAYS = ("content", "reasoning", "reasoning_content", "tool_calls", "function_call", "refusal",
+        "audio", "images")  # fmt: skip
+
+
+def choices_of(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The choices of an answer or an event, as far as they have the right shape."""
+    choices = body.get("choices")
+    return [c for c in choices if isinstance(c, dict)] if isinstance(choices, list) else []
+
+
+class Relay:
+    """One answer of `model`, the name it is told by.
+
+    `whole`: a stream is held until it is complete. `keep_usage`: the client asked for the usage
+    event itself. `idle_s` may pass between two events, `client_s` until the client takes what was
+    sent, and `deadline` bounds everything up to the commit.
+    """
+
+    def __init__(self, reply: Reply, flight: Flight, model: str, *, stream: bool, whole: bool,
+                 keep_usage: bool, idle_s: float, client_s: float, deadline: float):  # fmt: skip
+        self.usage: dict[str, Any] = {}
+        self.finish: str | None = None  # the finish_reason
+        self.failure: Failure | None = None  # what broke it after the commit
+        self.has_content = False
+        self.done = False  # the end was read: [DONE], or a whole answer's last byte
+        self.ended = False  # it was passed on to its end, good or bad
+        self.held: list[bytes] = []
+        self._reply, self._flight, self._model = reply, flight, model
+        self._stream, self._whole, self._keep_usage = stream, whole, keep_usage
+        self._idle_s, self._client_s, self._deadline = idle_s, client_s, deadline
+        self._idle_at = self._paused_at = 0.0
+        self._reader = EventReader()
+        self._left: Sequence[Event] = ()  # of the batch in which the answer began
+        self._arguments: dict[tuple[str, str], str] = {}  # of tool calls, in whole-answer mode
+
+    @property
+    def has_begun(self) -> bool:
+        """True from the first token on, or when there will be none for a good reason."""
+        return self.has_content or self.finish in ("length", "content_filter", "tool_calls")
+
+    # --- up to the commit ------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Read up to the commit; Failure while another model may still be tried."""
+        if not self._stream:
+            self._read_answer()
+        elif "application/json" in self._reply.headers.get("content-type", ""):
+            body = parse_loosely(read_whole(self._reply))
+            told = isinstance(body, dict) and body.get("error")
+            raise failure_from(200, body) if told else Failure("not_an_answer", "no stream", 200)
+        else:
+            try:
+                self._hold_until_begun()
+            except Failure:  # after a finish_reason any end is a good one
+                if not self.finish or self._flight.why == "client_left":
+                    raise
+            self._check_held()
+        self._flight.limit("client_left", self._flight.clock() + self._client_s)
+
+    def _read_answer(self) -> None:
+        data = read_whole(self._reply)
+        body = parse_loosely(data)
+        body = body if isinstance(body, dict) else {}
+        self._note(body, "message")
+        if not choices_of(body):
+            raise Failure("not_an_answer", "no choices", 200)
+        self.held, self.done, self.ended = [data], True, True
+        self._check_arguments()
+        if not self.has_begun and self.finish in (None, "stop"):
+            raise Failure("empty", status=200)
+
+    def _hold_until_begun(self) -> None:
+        size, ended = 0, False
+        while not ended:
+            data = self._reply.read1()
+            ended = not data
+            batch = self._reader.feed(data) if data else self._reader.end()
+            for n, event in enumerate(batch, 1):
+                self.held.append(self._take(event))
+                size += len(event.raw)
+                if size > MAX_ANSWER:
+                    raise Failure("not_an_answer", f"over {MAX_ANSWER} bytes", 200)
+                if self.done or (self.has_begun and not self._whole):
+                    self._left = batch[n:]
+                    return
+                if self.has_content and event.kind == "data":
+                    idle_at = self._flight.clock() + self._idle_s
+                    self._flight.limit_first((idle_at, "idle"), (self._deadline, "total"))
+
+    def _check_held(self) -> None:
+        """Failure unless what is held may go to the client."""
+        if self.has_begun and not self._whole:
+            return
+        if not (self.finish or (self.done and not self._whole)):
+            raise Failure("cut" if any(self.held) else "not_an_answer", "no end", 200)
+        self._check_arguments()
+        if not self.done:
+            self.held.append(DONE)
+            self.done = True
+        if not self.has_begun:
+            raise Failure("empty", status=200)
+
+    # --- what an answer says ---------------------------------------------------------------------
+
+    def _take(self, event: Event) -> bytes:
+        """What to pass on of `event`, after noting what it says; Failure when it is an error."""
+        if event.kind == "malformed":
+            return b""
+        if event.kind == "done":
+            self.done = True
+        if event.kind != "data":
+            return event.raw
+        self._note(event.data, "delta")
+        extra = event.data.get("usage") and not event.data.get("choices")
+        return b"" if extra and not self._keep_usage else event.raw
+
+    def _note(self, body: Mapping[str, Any], part: str) -> None:
+        """What `body`, an answer or an event, says and used; Failure when it tells of an error."""
+        if body.get("error"):
+            raise failure_from(200, body)
+        if isinstance(body.get("usage"), dict):
+            self.usage = body["usage"]
+        for choice in choices_of(body):
+            if choice.get("error"):  # OpenRouter tells it in a choice, too
+                raise failure_from(200, choice)
+            said = choice.get(part)
+            if isinstance(said, dict):
+                self.has_content = self.has_content or any(map(said.get, SAYS))
+                if self._whole:
+                    self._note_arguments(str(choice.get("index")), said.get("tool_calls"))
+            if isinstance(choice.get("finish_reason"), str):
+                self.finish = choice["finish_reason"]
+
+    def _note_arguments(self, choice: str, calls: Any) -> None:
+        for n, tool in enumerate(calls if isinstance(calls, list) else ()):
+            function = tool.get("function") if isinstance(tool, dict) else None
+            text = function.get("arguments") if isinstance(function, dict) else None
+            if isinstance(text, str):
+                key = (choice, str(tool.get("index", n)))
+                self._arguments[key] = self._arguments.get(key, "") + text
+
+    def _check_arguments(self) -> None:
+        half = any(a.strip() and parse_loosely(a) is None for a in self._arguments.values())
+        if half and self.finish != "length":
+            raise Failure("cut", "half a tool call", 200)
+
+    # --- after the commit ------------------------------------------------------------------------
+
+    def pass_on(self, carrier: Carrier, client: socket.socket | None,
+                chunked: bool) -> Iterator[bytes]:  # fmt: skip
+        """The bytes that the server has to send; the carrier writes to `client` itself.
+
+        `chunked`: how the client is answered. Without a plain socket to it (TLS, another server)
+        all bytes come out here. The last ones say how the answer ended.
+        """
+        try:
+            yield b"".join(self.held) + self._take_all(self._left)
+            if not self.done and not self.failure:
+                yield from self._go_on(carrier, client, chunked)
+        except Failure as e:
+            self.failure = e
+        except Exception:  # noqa: BLE001  a bug of ours; the client must learn that this is no end
+            log.error("internal_error", {"where": where_it_broke()})
+            self.failure = Failure("internal_error")
+        yield from self._end()
+
+    def _go_on(self, carrier: Carrier, client: socket.socket | None,
+               chunked: bool) -> Iterator[bytes]:  # fmt: skip
+        """What comes after the commit, through the carrier."""
+        if self._reply.is_whole:  # all has come: what is left is an event without its blank line
+            yield self._receive(b"", ended=True)[0]
+            return
+        self._more_came()
+        direct = type(client) is socket.socket
+        ours, sink = (None, client) if direct else socket.socketpair()
+        stream = Carried(self._reply.sock, sink, partial(self._same, chunked and direct),
+                         self._receive, self._wait_for, chunked and direct)  # fmt: skip
+        if ours is None:
+            carrier.carry(stream)
+        else:
+            with contextlib.closing(ours):
+                yield from carrier.through(stream, ours)
+
+    def _same(self, framed: bool, data: bytes) -> bytes:
+        """For the carrier: what to send when `data` only adds words, like the event before it."""
+        event = self._reply.one_chunk(data)
+        if not event or not self._reader.is_more(event):
+            return b""
+        self._more_came()
+        return data if framed else event
+
+    def _receive(self, data: bytes, ended: bool = False) -> tuple[bytes, bool]:
+        """For the carrier: what to send when `data` has come, and whether that is the last."""
+        body = b"" if ended else self._reply.take(data)
+        ended = ended or self._reply.is_whole
+        batch = self._reader.feed(body) if body else []
+        batch = batch + self._reader.end() if ended else batch
+        if any([event.kind != "comment" for event in batch]):  # which only says alive
+            self._more_came()
+        return self._take_all(batch), ended or self.done or self.failure is not None
+
+    def _more_came(self) -> None:
+        """The next event may take `idle` again."""
+        self._idle_at = self._flight.clock() + self._idle_s
+        self._flight.limit("idle", self._idle_at)
+
+    def _wait_for(self, whom: str) -> None:
+        """While the client reads the upstream is not idle; a client that stops reading has left."""
+        now = self._flight.clock()
+        if whom == "client":
+            self._paused_at = now
+            self._flight.limit("client_left", now + self._client_s)
+        else:
+            self._idle_at += now - self._paused_at
+            self._flight.limit("idle", self._idle_at)
+
+    def _take_all(self, batch: Sequence[Event]) -> bytes:
+        """What to pass on of events that came together, up to a Failure that one of them is."""
+        out = []
+        try:
+            for event in batch:
+                out.append(self._take(event))
+                if self.done:
+                    break
+        except Failure as e:
+            self.failure = e
+        return b"".join(out)
+
+    def _end(self) -> Iterator[bytes]:
+        """The last bytes: a missing [DONE], or an error that no client takes for an end."""
+        if self.done or self.finish:
+            self.failure, self.ended = None, True
+            if not self.done:
+                yield DONE
+            self._flight.limit("drain", self._flight.clock() + DRAIN_S)
+            with contextlib.suppress(Failure):  # read to the end: the connection can be kept
+                while self._reply.read1():
+                    pass
+            return
+        self.failure, self.ended = self.failure or Failure("cut", status=200), True
+        if self.failure.outcome != "client_left":
+            says = VERDICTS[self.failure.outcome].says
+            text = f"{self._model} {says}; the answer is not complete"
+            body = RouterError(502, "upstream_error", text).body()
+            yield b"data: " + json.dumps(body).encode() + b"\n\n"
+
+    def close(self) -> None:
+        """Close the upstream answer; a connection that was not read to its end is closed too."""
+        self._reply.close()
