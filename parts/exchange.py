@@ -95,7 +95,7 @@ class Reply:
 
     def begin(self) -> None:
         """Read the head."""
-        status, lines, looked_at = 100, [""], 0
+        status, lines, looked_at, is_old = 100, [""], 0, False
         while 100 <= status < 200:  # only says that the reply will come
             while not (end := HEAD_END.search(self._rest, max(0, looked_at - 3))):
                 looked_at = len(self._rest)
@@ -111,7 +111,7 @@ class Reply:
             found = STATUS_LINE.fullmatch(lines[0])
             if not found or len(lines) > MAX_HEADERS or len(text) > MAX_HEAD:
                 raise Failure("not_an_answer", "no head of HTTP/1, or too long")
-            status = int(found[2])
+            status, is_old = int(found[2]), found[1] == "0"
         name = ""
         for line in lines[1:]:
             if line[:1] in (" ", "\t"):  # the line before goes on
@@ -123,7 +123,7 @@ class Reply:
                 value, before = value.strip(), self.headers.get(name)
                 self.headers[name] = value if before is None else f"{before}, {value}"
         self.status_code = status
-        self._frame(is_old=found[1] == "0")
+        self._frame(is_old)
 
     def _frame(self, is_old: bool) -> None:
         """Where the body ends, and whether the connection outlives it.
@@ -625,7 +625,7 @@ def as_failure(e: BaseException, flight: Flight, where: str, connected: bool) ->
     ours = (MemoryError, SettingsError, requests.exceptions.InvalidProxyURL,
             requests.exceptions.InvalidSchema)  # fmt: skip
     if short or isinstance(e, ours) or is_out_of_descriptors(causes):
-        said = os.strerror(short[0].errno).lower() if short else str(e)
+        said = os.strerror(short[0].errno or 0).lower() if short else str(e)
         return Failure("shortage", said)
     known = (OSError, http.client.HTTPException, urllib3.exceptions.HTTPError, Silent,
              CertificateError)  # fmt: skip
@@ -668,9 +668,8 @@ def what_failed(e: BaseException, where: str) -> str:
         if isinstance(cause, ssl.SSLCertVerificationError):
             return f"{where}: {cause.verify_message}"
         if isinstance(cause, ssl.SSLError):
-            return (
-                f"{where}: TLS failed: {(cause.reason or 'broken off').lower().replace('_', ' ')}"
-            )
+            reason = (cause.reason or "broken off").lower().replace("_", " ")
+            return f"{where}: TLS failed: {reason}"
     number = next((c.errno for c in causes if isinstance(c, OSError) and c.errno), None)
     return f"{where}: {os.strerror(number).lower() if number else 'no answer in time'}"
 

@@ -208,15 +208,16 @@ class Relay:
             yield self._receive(b"", ended=True)[0]
             return
         self._more_came()
-        direct = type(client) is socket.socket
-        ours, sink = (None, client) if direct else socket.socketpair()
-        stream = Carried(self._reply.sock, sink, partial(self._same, chunked and direct),
-                         self._receive, self._wait_for, chunked and direct)  # fmt: skip
-        if ours is None:
-            carrier.carry(stream)
-        else:
-            with contextlib.closing(ours):
-                yield from carrier.through(stream, ours)
+        if client is not None and type(client) is socket.socket:
+            carrier.carry(self._carried(client, chunked))
+            return
+        ours, sink = socket.socketpair()
+        with contextlib.closing(ours):
+            yield from carrier.through(self._carried(sink, False), ours)
+
+    def _carried(self, sink: socket.socket, chunked: bool) -> Carried:
+        same = partial(self._same, chunked)
+        return Carried(self._reply.sock, sink, same, self._receive, self._wait_for, chunked)
 
     def _same(self, framed: bool, data: bytes) -> bytes:
         """For the carrier: what to send when `data` only adds words, like the event before it."""

@@ -166,7 +166,7 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 def test_a_flight_ends_when_the_clock_passes_its_limit(clock):
     flights, flight = Flights(16, clock), Flight(None, clock)
-    flights.board(flight)
+    flights.acquire(flight)
     flight.limit("idle", clock() + 30)
 
     flights.look()
@@ -221,9 +221,9 @@ def test_a_wait_ends_with_the_flight(clock):
 @pytest.mark.parametrize("has_rdhup", [True, False])
 @pytest.mark.parametrize("half", [True, False])
 def test_a_client_that_closes_or_half_closes_has_left(clock, pair, half, has_rdhup, monkeypatch):
-    monkeypatch.setattr(wire, "_LEFT", wire._LEFT if has_rdhup else 0)
+    monkeypatch.setattr(flights, "_LEFT", flights._LEFT if has_rdhup else 0)
     flights, flight = Flights(16, clock), Flight(pair[0], clock)
-    flights.board(flight)
+    flights.acquire(flight)
 
     pair[1].shutdown(socket.SHUT_WR) if half else pair[1].close()
     flights.look()
@@ -234,9 +234,9 @@ def test_a_client_that_closes_or_half_closes_has_left(clock, pair, half, has_rdh
 @pytest.mark.parametrize("has_rdhup", [True, False])
 @pytest.mark.parametrize("sent", [b"", b"GET /"])
 def test_a_client_that_waits_or_sends_ahead_has_not_left(clock, pair, sent, has_rdhup, monkeypatch):
-    monkeypatch.setattr(wire, "_LEFT", wire._LEFT if has_rdhup else 0)
+    monkeypatch.setattr(flights, "_LEFT", flights._LEFT if has_rdhup else 0)
     flights, flight = Flights(16, clock), Flight(pair[0], clock)
-    flights.board(flight)
+    flights.acquire(flight)
 
     pair[1].sendall(sent)
     flights.look()
@@ -246,7 +246,7 @@ def test_a_client_that_waits_or_sends_ahead_has_not_left(clock, pair, sent, has_
 
 def test_the_watcher_sees_a_client_leave_without_being_asked(pair):
     flights, flight = Flights(16), Flight(pair[0], time.monotonic)
-    flights.board(flight)
+    flights.acquire(flight)
 
     pair[1].close()
 
@@ -255,11 +255,11 @@ def test_the_watcher_sees_a_client_leave_without_being_asked(pair):
 
 def test_permits_are_as_many_as_the_threads_less_the_reserve(clock):
     flights = Flights(10, clock)
-    flights.board(Flight(None, clock))
-    flights.board(Flight(None, clock))
+    flights.acquire(Flight(None, clock))
+    flights.acquire(Flight(None, clock))
 
     with pytest.raises(Full, match="2 requests"):
-        flights.board(Flight(None, clock))
+        flights.acquire(Flight(None, clock))
 
     assert len(flights) == 2
 
@@ -270,21 +270,21 @@ def test_few_threads_still_give_one_permit(clock):
 
 def test_a_landed_flight_gives_its_permit_back_once(clock):
     flights, first = Flights(9, clock), Flight(None, clock)
-    flights.board(first)
+    flights.acquire(first)
 
-    flights.land(first)
-    flights.land(first)
-    flights.board(Flight(None, clock))
+    flights.release(first)
+    flights.release(first)
+    flights.acquire(Flight(None, clock))
 
     assert len(flights) == 1
 
 
 def test_a_landed_flight_is_not_ended_any_more(clock, pair):
     flights, flight = Flights(16, clock), Flight(pair[0], clock)
-    flights.board(flight)
+    flights.acquire(flight)
     flight.attach(pair[1])
 
-    flights.land(flight)
+    flights.release(flight)
     flight.end("client_left")
     pair[1].sendall(b"x")
 
@@ -295,8 +295,8 @@ def test_one_flight_that_cannot_be_watched_does_not_keep_the_others_alive(clock,
     flights, healthy = Flights(16, clock), Flight(pair[0], clock)
     no_socket: Any = object()
     broken = Flight(no_socket, clock)
-    flights.board(broken)
-    flights.board(healthy)
+    flights.acquire(broken)
+    flights.acquire(healthy)
 
     pair[1].close()
 
@@ -489,12 +489,12 @@ def test_an_upstream_that_hangs_before_its_head_is_left_with_the_flight(upstream
 # --- heads of answers, and proxies ---------------------------------------------------------------
 
 
-def head_of(data: bytes) -> wire.Answer:
+def head_of(data: bytes) -> wire.Reply:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.sendall(data)
         theirs.shutdown(socket.SHUT_WR)
-        answer = wire.Answer(ours)
+        answer = wire.Reply(ours)
         answer.begin()
         return answer
 
@@ -641,7 +641,7 @@ def test_a_chunked_body_is_put_together_however_it_comes(size, trailer):
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.sendall(sent + b"\r\n")
-        answer = wire.Answer(ours)
+        answer = wire.Reply(ours)
         answer.begin()
         parts = list(iter(lambda: answer.read1(size), b""))
 
@@ -658,7 +658,7 @@ def test_a_chunked_body_that_breaks_off_or_lies_is_cut(body):
     with ours, theirs:
         theirs.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + body)
         theirs.shutdown(socket.SHUT_WR)
-        answer = wire.Answer(ours)
+        answer = wire.Reply(ours)
         answer.begin()
 
         with pytest.raises((http.client.HTTPException, ValueError)):
