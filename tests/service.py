@@ -15,6 +15,8 @@ import requests
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "test-key-that-must-never-show"
+# Limits so long that nothing but a client can have ended what ends.
+PATIENT = {"connect": 2, "first_token": 60, "idle": 60, "answer": 60, "total": 90}
 
 
 def small_routes(url: str, **changes: Any) -> dict[str, Any]:
@@ -44,6 +46,15 @@ def small_routes(url: str, **changes: Any) -> dict[str, Any]:
     return {**routes, **changes}
 
 
+def plain_environ() -> dict[str, str]:
+    """The environment without settings or keys of the person who runs the tests."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("ROUTER_") and not name.endswith("_API_KEY")
+    }
+
+
 class Service:
     """A real gunicorn with the project's own gunicorn.conf.py, on a port of the system's choice."""
 
@@ -55,14 +66,9 @@ class Service:
         self.port = free_port()
         self.base = f"http://127.0.0.1:{self.port}"
         self.log = folder / "log.txt"
-        clean = {
-            k: v
-            for k, v in os.environ.items()
-            if not k.startswith("ROUTER_") and k != "OPENROUTER_API_KEY"
-        }
-        self.env = {**clean, "ROUTER_ROUTES": str(self.routes),
-                    "ROUTER_BIND": f"127.0.0.1:{self.port}",
-                    "TEST_API_KEY": KEY, **env}  # fmt: skip
+        bind = f"127.0.0.1:{self.port}"
+        own = {"ROUTER_ROUTES": str(self.routes), "ROUTER_BIND": bind, "TEST_API_KEY": KEY}
+        self.env = {**plain_environ(), **own, **env}
         self.start()
 
     def start(self) -> None:
@@ -82,6 +88,12 @@ class Service:
         if self.process.poll() is None:
             self.process.terminate()
         return self.process.wait(30)
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.stop()
 
     def post(self, path: str, body: Any = None, **kwargs: Any) -> requests.Response:
         return requests.post(self.base + path, json=body, timeout=30, **kwargs)
