@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from service import Service
 CHAT = "/v1/chat/completions"
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 WHOLE = {"X-Router-Stream": "whole"}
+READ_SIZE = 65536
 CLOSED = 0  # the status of an answer that did not come: the connection ended
 
 
@@ -89,11 +91,15 @@ def answer_to(server: Any, data: bytes) -> Reply:
         return read_reply(file)
 
 
-def read_until(sock: socket.socket, wanted: bytes) -> bytes:
-    data = b""
-    while wanted not in data and (more := sock.recv(65536)):
+def read_until(sock: socket.socket, wanted: bytes, at_least: int = 0) -> bytes:
+    """What came until it ended in `wanted`, after so many bytes, or the other side closed."""
+    data = bytearray()
+    while not (len(data) >= at_least and wanted in data[-2 * READ_SIZE :]):
+        more = sock.recv(READ_SIZE)
+        if not more:
+            break
         data += more
-    return data
+    return bytes(data)
 
 
 def close(sock: socket.socket) -> None:
@@ -203,6 +209,13 @@ def in_turn(table: dict[str, Any], *modes: Any) -> list[Any]:
     """Parameters: each row of `table` once, with one of `modes` before it, in turn."""
     rows = [row if isinstance(row, tuple) else (row,) for row in table.values()]
     return [
-        pytest.param(modes[n % len(modes)], *row, id=f"{name}-{modes[n % len(modes)]}")
-        for n, (name, row) in enumerate(zip(table, rows, strict=True))
+        pytest.param(mode, *row, id=f"{name}-{called(mode)}")
+        for name, row, mode in zip(table, rows, itertools.cycle(modes), strict=False)
     ]
+
+
+def called(value: Any) -> str:
+    """A name for a parameter, the same in every process."""
+    if isinstance(value, tuple):
+        return "-".join(map(called, value))
+    return getattr(value, "__name__", str(value))
