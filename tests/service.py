@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,11 @@ def small_routes(url: str, **changes: Any) -> dict[str, Any]:
     return {**routes, **changes}
 
 
-def plain_environ() -> dict[str, str]:
+def plain_environ(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment without settings or keys of the person who runs the tests."""
     return {
         name: value
-        for name, value in os.environ.items()
+        for name, value in environ.items()
         if not name.startswith("ROUTER_") and not name.endswith("_API_KEY")
     }
 
