@@ -100,11 +100,15 @@ def test_a_prompt_is_too_long_only_when_it_surely_is(context, longer):
     assert (context is not None and chat.is_longer_than(context)) is longer
 
 
-def test_an_image_is_not_counted_as_text():
-    url = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 50_000}}
-    chat = chat_of(json.dumps({"messages": [{"role": "user", "content": [url]}]}))
+URL = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 50_000}}
+SOUND = {"type": "input_audio", "input_audio": {"data": "A" * 50_000}}
 
-    assert chat.wants_images
+
+@pytest.mark.parametrize("content", [[URL], [SOUND], "\u0436" * 700])
+def test_what_is_no_text_and_other_letters_do_not_count_as_more_than_they_are(content):
+    chat = chat_of(json.dumps({"messages": [{"role": "user", "content": content}]}))
+
+    assert chat.wants_images == (content == [URL])
     assert not chat.is_longer_than(100)
 
 
