@@ -34,7 +34,6 @@ PROGRAMS = {
     "promtool": "promtool",
     "systemd": "systemd-analyze",
     "curl": "curl",
-    "wrk": "wrk",
     "sed": "sed",
 }
 
