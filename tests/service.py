@@ -109,18 +109,6 @@ class Service:
             "/v1/chat/completions", body, headers=headers, stream=bool(more.get("stream"))
         )
 
-    def raw(self, data: bytes, timeout: float = 5.0) -> bytes:
-        """Send bytes, read until the service closes or goes silent."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=timeout) as sock:
-            sock.sendall(data)
-            out = b""
-            try:
-                while more := sock.recv(65536):
-                    out += more
-            except (TimeoutError, ConnectionResetError):
-                pass
-        return out
-
 
 def free_port() -> int:
     with socket.socket() as probe:

@@ -216,13 +216,9 @@ def test_chat_answers_explain_themselves(client):
 
 @pytest.mark.parametrize(
     ("model", "category", "first"),
-    [
-        ("router/code", "code", "acme/one"),
-        ("code", "code", "acme/one"),
-        ("acme/two", "explicit", "acme/two"),
-        ("two", "explicit", "acme/two"),
-    ],
-)
+    [("router/code", "code", "acme/one"), ("code", "code", "acme/one"),
+     ("acme/two", "explicit", "acme/two"), ("two", "explicit", "acme/two")],
+)  # fmt: skip
 def test_an_explicit_model_or_category_is_taken(client, upstream, model, category, first):
     answer = client.chat(model=model)
 

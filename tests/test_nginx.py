@@ -318,21 +318,13 @@ def test_the_host_name_is_passed_on(nginx, host):
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [
-        ("POST", "/config/category"),
-        ("POST", "/config/model-mapping"),
-        ("DELETE", "/config/category/code"),
-        ("POST", "/circuit-breaker/reset-all"),
-        ("POST", "/circuit-breaker/reset/acme/one"),
-        ("POST", "/circuit-breaker/reset/acme%2Fone"),
-        ("POST", "//config/category"),
-        ("POST", "/%63onfig/category"),
-        ("POST", "/config%2Fcategory"),
-        ("POST", "/./config/category"),
-        ("POST", "/v1/../config/category"),
-        ("POST", "http://localhost/config/category"),
-    ],
-)
+    [("POST", "/config/category"), ("POST", "/config/model-mapping"),
+     ("DELETE", "/config/category/code"), ("POST", "/circuit-breaker/reset-all"),
+     ("POST", "/circuit-breaker/reset/acme/one"), ("POST", "/circuit-breaker/reset/acme%2Fone"),
+     ("POST", "//config/category"), ("POST", "/%63onfig/category"), ("POST", "/config%2Fcategory"),
+     ("POST", "/./config/category"), ("POST", "/v1/../config/category"),
+     ("POST", "http://localhost/config/category")],
+)  # fmt: skip
 def test_admin_routes_are_closed(nginx, method, path):
     reply = nginx.ask(method, path, body=POETRY)
 

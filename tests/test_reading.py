@@ -10,19 +10,7 @@ from hypothesis import strategies as st
 
 import router as module
 from chat import fits, read_object
-from routes_file import depth_of, scan_object
-
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
-    ),
-    max_leaves=12,
-)
+from routes_file import depth_of
 
 
 def chat_of(text: str) -> module.Chat:
@@ -31,19 +19,6 @@ def chat_of(text: str) -> module.Chat:
 
 def body_for(chat: module.Chat, model: str) -> str:
     return b"".join(chat.for_model(model)).decode()
-
-
-@given(st.dictionaries(st.text(max_size=5), JSON, max_size=5), st.sampled_from([None, 1]))
-def test_scan_object_reads_what_json_reads(value, indent):
-    text = json.dumps(value, indent=indent)
-
-    found, members, end = scan_object(text)
-
-    assert found == value
-    assert end == len(text)
-    assert {text[m.value : m.end] for m in members} == {
-        text[m.value : m.end] for m in members if json.loads(text[m.value : m.end]) == value[m.key]
-    }
 
 
 @pytest.mark.parametrize(

@@ -49,17 +49,11 @@ def wrong(text: str) -> str:
 
 @pytest.mark.parametrize(
     ("text", "place"),
-    [
-        ("", "line 1, column 1"),
-        ("not json", "line 1, column 1"),
-        ('{\n  "a": 1,\n}', "line 3, column 1"),
-        ('{\n  "a": 1\n  "b": 2\n}', "line 3, column 3"),
-        ('{"a": 1} x', "line 1, column 10"),
-        ('{"a": "x\n"}', "line 1, column 9"),
-        ('{"a": [1, 2}', "line 1, column 12"),
-        ("{// comment\n}", "line 1, column 2"),
-    ],
-)
+    [("", "line 1, column 1"), ("not json", "line 1, column 1"),
+     ('{\n  "a": 1,\n}', "line 3, column 1"), ('{\n  "a": 1\n  "b": 2\n}', "line 3, column 3"),
+     ('{"a": 1} x', "line 1, column 10"), ('{"a": "x\n"}', "line 1, column 9"),
+     ('{"a": [1, 2}', "line 1, column 12"), ("{// comment\n}", "line 1, column 2")],
+)  # fmt: skip
 def test_a_slip_in_the_json_is_told_with_line_and_column(text, place):
     assert place in wrong(text)
 
@@ -186,21 +180,12 @@ def test_all_findings_are_told_at_once_one_per_line():
 
 @pytest.mark.parametrize(
     "path",
-    [
-        ["upstreams", "local", "api_key"],
-        ["upstreams", "local", "api_key_env"],
-        ["upstreams", "local"],
-        ["upstreams"],
-        ["routing_mode"],
-        ["default_category"],
-        ["models", "acme/one", "upstream"],
-        ["models", "acme/one", "cost"],
-        ["categories", "code", "stream"],
-        ["categories", "code", "models"],
-        ["timeouts_sec", "idle"],
-        ["openrouter_key"],
-    ],
-)
+    [["upstreams", "local", "api_key"], ["upstreams", "local", "api_key_env"],
+     ["upstreams", "local"], ["upstreams"], ["routing_mode"], ["default_category"],
+     ["models", "acme/one", "upstream"], ["models", "acme/one", "cost"],
+     ["categories", "code", "stream"], ["categories", "code", "models"], ["timeouts_sec", "idle"],
+     ["openrouter_key"]],
+)  # fmt: skip
 def test_a_key_pasted_in_the_wrong_place_is_not_repeated(path):
     assert SECRET not in complaint(routes_with(*path, value=SECRET))
 

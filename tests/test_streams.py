@@ -92,16 +92,10 @@ def test_what_ends_before_the_first_token_fails_over_unseen(service, upstream, b
 
 @pytest.mark.parametrize(
     "token",
-    [
-        chunk({"content": "x"}),
-        chunk({"reasoning": "hm"}),
-        chunk({"reasoning_content": "hm"}),
-        chunk(tool("", id="c1", type="function")),
-        chunk({}, "length"),
-        chunk({}, "content_filter"),
-        chunk({}, "tool_calls"),
-    ],
-)
+    [chunk({"content": "x"}), chunk({"reasoning": "hm"}), chunk({"reasoning_content": "hm"}),
+     chunk(tool("", id="c1", type="function")), chunk({}, "length"), chunk({}, "content_filter"),
+     chunk({}, "tool_calls")],
+)  # fmt: skip
 def test_each_kind_of_token_commits(service, upstream, token):
     gate = threading.Event()
     upstream.scripts[ONE] = pieces([BEGIN, token, gate.wait, *END])

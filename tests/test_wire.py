@@ -106,15 +106,9 @@ def test_what_holds_no_data_is_a_comment(raw, kind):
 
 @pytest.mark.parametrize(
     "raw",
-    [
-        b"data: {oops\n\n",
-        b"data: [1]\n\n",
-        b'data: "text"\n\n',
-        b"data: \xff\xfe\n\n",
-        b"<html>\n\n",
-        b"data: " + b"[" * 100_000 + b"\n\n",
-    ],
-)
+    [b"data: {oops\n\n", b"data: [1]\n\n", b'data: "text"\n\n', b"data: \xff\xfe\n\n",
+     b"<html>\n\n", b"data: " + b"[" * 100_000 + b"\n\n"],
+)  # fmt: skip
 def test_what_is_no_object_is_malformed_and_no_error(raw):
     assert kinds(raw + b'data: {"n": 1}\n\n') == ["malformed", "data"]
 
