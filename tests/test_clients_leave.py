@@ -312,20 +312,6 @@ def test_a_probe_whose_client_left_is_free_for_the_next_request(patient, upstrea
     assert b"back" in answer.content
 
 
-def test_a_probe_is_taken_only_while_its_client_waits(patient, upstream):
-    upstream.scripts["acme/one"] = [error(503), hang]
-    patient.chat(model="router/alone")
-    client = ask(patient, model="router/alone")
-    wait_until(lambda: len(upstream.requests) == 2)
-
-    meanwhile = patient.chat(model="router/alone")
-
-    assert meanwhile.status_code == 503
-    assert 0 < int(meanwhile.headers["Retry-After"]) <= 30
-    client.close()
-    wait_until(lambda: in_flight(patient) == 0)
-
-
 def test_a_client_that_left_at_the_very_end_is_a_success(patient, upstream):
     upstream.default = stream(["word "])
     before = figures(patient)["requests"]

@@ -375,14 +375,13 @@ def test_a_call_read_to_its_end_leaves_its_connection_for_the_next(line, upstrea
     assert upstream.connections == before + 1
 
 
-def test_a_silent_answer_ends_with_its_flight_and_the_upstream_sees_it(line, upstream, clock):
-    upstream.default = pieces([chunk({"content": "a"})], after="hang")
-    flight = Flight(None, clock)
-    response = line.send([SMALL], flight, 2)
+@pytest.mark.parametrize("script", [hang, pieces([chunk({"content": "a"})], after="hang")])
+def test_a_silent_upstream_is_left_with_the_flight_and_sees_it(line, upstream, clock, script):
+    upstream.default, flight = script, Flight(None, clock)
     threading.Timer(0.05, flight.end, ["idle"]).start()
 
     with pytest.raises(Failure, match="idle"):
-        wire.read_whole(response, flight)
+        wire.read_whole(line.send([SMALL], flight, 2), flight)
 
     wait_until(lambda: upstream.left, 1.0)
 
@@ -465,18 +464,6 @@ def test_closing_an_answer_twice_books_it_once(client):
     answer.close()
 
     assert figures(client)["requests"]["success"] == 1
-
-
-def test_an_upstream_that_hangs_before_its_head_is_left_with_the_flight(upstream, clock):
-    upstream.default = hang
-    flight = Flight(None, clock)
-    sent = send_in_thread(upstream.url + "/chat/completions", flight)
-    wait_until(lambda: upstream.requests)
-
-    flight.end("total")
-
-    assert outcome_of(sent, 1) == "total"
-    wait_until(lambda: upstream.left, 1.0)
 
 
 # --- heads of answers, and proxies ---------------------------------------------------------------
