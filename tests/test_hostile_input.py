@@ -88,7 +88,8 @@ def text(data: bytes) -> bytes:
 BODIES = {
     "no-length-at-all": (head(f"POST {CHAT} HTTP/1.1", LOCAL, JSON), 400),
     **family(post, 400, empty_body=b"", not_json="hello", half_json=FINE[:-3],
-             comment=b"/* hi */" + FINE, two_values=FINE + FINE, trailing_comma=FINE[:-1] + b",}", binary=bytes(range(256)) * 8,
+             comment=b"/* hi */" + FINE, two_values=FINE + FINE,
+             trailing_comma=FINE[:-1] + b",}", binary=bytes(range(256)) * 8,
              single_quotes=FINE.replace(b'"', b"'"), blanks_only=" \r\n\t ", nul_bytes=b"\0" * 100,
              json_array=b"[" + FINE + b"]", json_string='"hello"', json_number="42",
              json_null="null", json_true="true"),
