@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
+import logging
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from service import KEY, ROOT, Service, free_port, small_routes
 from upstream import Upstream
 
 import router as module
+from metrics import EventFormatter
 
 hypothesis.settings.register_profile("same every time", derandomize=True, database=None)
 hypothesis.settings.load_profile("same every time")
@@ -31,7 +34,6 @@ PROGRAMS = {
     "promtool": "promtool",
     "systemd": "systemd-analyze",
     "curl": "curl",
-    "wrk": "wrk",
     "sed": "sed",
 }
 
@@ -88,6 +90,24 @@ def clock() -> Clock:
     return Clock()
 
 
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
+    """What the router logs, as it is written."""
+    log, wording, found = logging.getLogger("llm_router"), EventFormatter(False), []
+
+    def note(record: logging.LogRecord) -> bool:
+        found.append(wording.format(record))
+        return True
+
+    caplog.set_level("INFO", "llm_router")
+    log.addFilter(note)
+    yield found
+    log.removeFilter(note)
+
+
+# --- upstreams, and apps in this process ---------------------------------------------------------
+
+
 @pytest.fixture(scope="session")
 def shared_upstream() -> Iterator[Upstream]:
     server = Upstream()
@@ -113,13 +133,40 @@ def settings_for(path: Path, **more: str) -> module.Settings:
 
 
 @pytest.fixture
-def app(routes: Path) -> Any:
-    return module.create_app(settings_for(routes))
+def build(routes: Path, upstream: Upstream) -> Callable[..., LocalClient]:
+    """Makes clients: names in capitals are settings, others change the small routes file."""
+
+    def made(clock: Callable[[], float] = time.monotonic, **changes: Any) -> LocalClient:
+        env, members = in_capitals(changes)
+        if members:
+            routes.write_text(json.dumps(small_routes(upstream.url, **members)))
+        return LocalClient(module.create_app(settings_for(routes, **env), clock=clock))
+
+    return made
+
+
+def in_capitals(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is named in capitals, and the rest."""
+    env = {name: value for name, value in given.items() if name.isupper()}
+    return env, {name: value for name, value in given.items() if name not in env}
 
 
 @pytest.fixture
-def client(app: Any) -> Any:
-    return LocalClient(app)
+def client(build: Callable[..., LocalClient]) -> LocalClient:
+    return build()
+
+
+@pytest.fixture
+def app(client: LocalClient) -> Any:
+    return client.app
+
+
+@pytest.fixture
+def shipped(build: Callable[..., LocalClient], upstream: Upstream) -> LocalClient:
+    """The project's own routes.json, with a local upstream and keywords only."""
+    raw = json.loads((ROOT / "routes.json").read_text())
+    local = {"local": {"base_url": upstream.url, "api_key_env": "TEST_API_KEY"}}
+    return build(**{**raw, "routing_mode": "keywords", "upstreams": local})
 
 
 class LocalClient:
@@ -127,6 +174,7 @@ class LocalClient:
 
     def __init__(self, app: Any):
         self.app = app
+        self.router: module.Router = app.extensions["router"]
         self.flask = app.test_client()
 
     def open(self, method: str, path: str, **kwargs: Any) -> Any:
@@ -144,20 +192,57 @@ class LocalClient:
         return self.post("/v1/chat/completions", body, headers=headers)
 
 
+# --- services ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def services(mktemp: Callable[[str], Path], upstream: Upstream) -> Iterator[Callable[..., Service]]:
+    """Starts services as `build` makes clients, and stops them."""
+    with contextlib.ExitStack() as at_end:
+
+        def start(**changes: Any) -> Service:
+            env, members = in_capitals(changes)
+            routes = small_routes(upstream.url, **members)
+            return at_end.enter_context(Service(mktemp("service"), routes, **env))
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def serve(
+    shared_upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Service]]:
+    """Starts services for all tests of a file."""
+    with services(tmp_path_factory.mktemp, shared_upstream) as start:
+        yield start
+
+
+@pytest.fixture
+def serve_once(
+    upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Service]]:
+    """Starts services for one test."""
+    with services(tmp_path_factory.mktemp, upstream) as start:
+        yield start
+
+
 @pytest.fixture(scope="session")
 def shared_service(
     shared_upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Service]:
-    folder = tmp_path_factory.mktemp("service")
-    service = Service(folder, small_routes(shared_upstream.url), ROUTER_THREADS="64")
-    yield service
-    service.stop()
+    with services(tmp_path_factory.mktemp, shared_upstream) as start:
+        yield start(ROUTER_THREADS="64")
 
 
 @pytest.fixture
 def service(shared_service: Service, upstream: Upstream) -> Service:
-    shared_service.post("/circuit-breaker/reset-all")
-    return shared_service
+    return calm(shared_service)
+
+
+def calm(service: Service) -> Service:
+    """A service that several tests share, with no strikes left of the one before."""
+    service.post("/circuit-breaker/reset-all")
+    return service
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import requests
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "test-key-that-must-never-show"
+# Limits so long that nothing but a client can have ended what ends.
+PATIENT = {"connect": 2, "first_token": 60, "idle": 60, "answer": 60, "total": 90}
 
 
 def small_routes(url: str, **changes: Any) -> dict[str, Any]:
@@ -44,6 +47,15 @@ def small_routes(url: str, **changes: Any) -> dict[str, Any]:
     return {**routes, **changes}
 
 
+def plain_environ(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment without settings or keys of the person who runs the tests."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if not name.startswith("ROUTER_") and not name.endswith("_API_KEY")
+    }
+
+
 class Service:
     """A real gunicorn with the project's own gunicorn.conf.py, on a port of the system's choice."""
 
@@ -55,14 +67,9 @@ class Service:
         self.port = free_port()
         self.base = f"http://127.0.0.1:{self.port}"
         self.log = folder / "log.txt"
-        clean = {
-            k: v
-            for k, v in os.environ.items()
-            if not k.startswith("ROUTER_") and k != "OPENROUTER_API_KEY"
-        }
-        self.env = {**clean, "ROUTER_ROUTES": str(self.routes),
-                    "ROUTER_BIND": f"127.0.0.1:{self.port}",
-                    "TEST_API_KEY": KEY, **env}  # fmt: skip
+        bind = f"127.0.0.1:{self.port}"
+        own = {"ROUTER_ROUTES": str(self.routes), "ROUTER_BIND": bind, "TEST_API_KEY": KEY}
+        self.env = {**plain_environ(), **own, **env}
         self.start()
 
     def start(self) -> None:
@@ -83,6 +90,12 @@ class Service:
             self.process.terminate()
         return self.process.wait(30)
 
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.stop()
+
     def post(self, path: str, body: Any = None, **kwargs: Any) -> requests.Response:
         return requests.post(self.base + path, json=body, timeout=30, **kwargs)
 
@@ -95,18 +108,6 @@ class Service:
         return self.post(
             "/v1/chat/completions", body, headers=headers, stream=bool(more.get("stream"))
         )
-
-    def raw(self, data: bytes, timeout: float = 5.0) -> bytes:
-        """Send bytes, read until the service closes or goes silent."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=timeout) as sock:
-            sock.sendall(data)
-            out = b""
-            try:
-                while more := sock.recv(65536):
-                    out += more
-            except (TimeoutError, ConnectionResetError):
-                pass
-        return out
 
 
 def free_port() -> int:

@@ -1,29 +1,27 @@
-"""The speed bench runs and counts; what it measures is nobody's test."""
+"""The speed bench's arithmetic; what it measures is nobody's test."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
-from conftest import ROOT
+from goals import rate_over, ratio
+from load import Load
+from speed import summed_up
 
 
-@pytest.mark.debian("wrk")
-@pytest.mark.debian("nginx")
-def test_a_short_run_measures_all_that_is_here_without_an_error(tmp_path: Path):
-    found = tmp_path / "figures.json"
-    command = [sys.executable, ROOT / "bench" / "speed.py", "--only", "small,million"]
-    done = subprocess.run(
-        [*command, "--quick", "--json", found], capture_output=True, text=True, timeout=120
-    )
+def turn(rate: float, bad: int = 0) -> Load:
+    return Load(rate=rate, p50_ms=1.0, p99_ms=rate / 10, cpu_ms=0.5, bad=bad)
 
-    assert done.returncode == 0, done.stdout + done.stderr
-    figures = json.loads(found.read_text())["figures"]
-    assert {"direct", "nginx", "constant", "router"} <= set(figures["small"])
-    assert sum(row["bad"] for row in figures["small"].values()) == 0
-    assert figures["small"]["router"]["rate"] > 1
-    assert figures["million"]["router"]["served"] >= 3_000
-    assert "machine: " in done.stdout
+
+def test_rounds_are_summed_up_by_medians_and_ratios_within_each_round():
+    turns = {"router": [turn(100), turn(300), turn(200)], "other": [turn(50), turn(100), turn(400)]}
+
+    rows = summed_up(turns, "router")
+
+    assert [rows[name]["rate"] for name in turns] == [200, 100]
+    assert rows["other"]["router_is"] == 2.0  # of 2, 3 and 0.5
+    assert rows["router"]["p99_ms"] == 20.0
+    assert rate_over("other")(rows["router"], rows) == 2.0
+
+
+def test_errors_add_up_and_who_answered_nothing_is_outdone():
+    assert summed_up({"router": [turn(1, bad=2), turn(1, bad=3)]}, "router")["router"]["bad"] == 5
+    assert ratio(1, 0) == float("inf")

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import hypothesis.strategies as st
 import pytest
 from conftest import Clock
-from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from parts.logs import EventFormatter
 from router import Breakers, Ticket
 
 CONFIG = {"failure_threshold": 3, "recovery_timeout_sec": 300, "first_retry_sec": 5}
@@ -23,11 +18,12 @@ LEASE_S = 100.0
 
 
 class Bench:
-    """Breakers on a clock moved by hand, with the words of the tests below."""
+    """Breakers on a clock moved by hand, with the words of the histories below."""
 
     def __init__(self, clock: Clock):
         self.clock = clock
         self.breakers = Breakers(clock)
+        self.air: list[Ticket] = []  # the oldest first
 
     def go(self, model: str = "m", **more: Any) -> Ticket:
         ticket = self.breakers.admit(model, LEASE_S, **more)
@@ -46,8 +42,36 @@ class Bench:
         for _ in range(times):
             self.end(self.go(model), "strike", **more)
 
+    def play(self, history: str) -> None:
+        """`strike`, `good`, `none`: one goes and ends so; `held:7`: a strike with a Retry-After.
+        `go`: one goes; `commit`, `end:good`: what becomes of the first that is still in the air.
+        """
+        for step in history.split():
+            word, _, how = step.partition(":")
+            if word == "wait":
+                self.clock += float(how)
+            elif word == "go":
+                self.air.append(self.go())
+            elif word == "commit":
+                self.breakers.commit(self.air[0], CONFIG["failure_threshold"])
+            elif word == "reset":
+                self.breakers.reset(["m"])
+            elif word == "held":
+                self.strike(retry_after_s=float(how))
+            else:
+                self.end(self.air.pop(0) if word == "end" else self.go(), how or word)
+
     def shown(self, model: str = "m") -> dict[str, Any]:
-        return self.breakers.snapshot()[model]
+        return self.breakers.snapshot().get(
+            model, {"state": "closed", "strikes": 0, "retry_in_sec": 0}
+        )
+
+    def next_one(self) -> str:
+        """What a request that comes now is: shut out, free to go, or the probe."""
+        would = self.breakers.would_admit("m")
+        ticket = self.breakers.admit("m", LEASE_S)
+        assert would == (ticket is not None)
+        return "shut" if ticket is None else "probe" if ticket.probe else "free"
 
 
 @pytest.fixture
@@ -55,63 +79,84 @@ def bench(clock: Clock) -> Bench:
     return Bench(clock)
 
 
-@pytest.fixture
-def lines(caplog) -> Iterator[list[str]]:
-    """What the router logs, as it is written."""
-    log, wording, found = logging.getLogger("llm_router"), EventFormatter(False), []
-
-    def note(record: logging.LogRecord) -> bool:
-        found.append(wording.format(record))
-        return True
-
-    caplog.set_level("INFO", "llm_router")
-    log.addFilter(note)
-    yield found
-    log.removeFilter(note)
-
-
-# --- closed --------------------------------------------------------------------------------------
-
-
-def test_a_circuit_stays_closed_below_the_threshold(bench):
-    bench.strike(2)
-
-    assert bench.shown()["state"] == "closed"
-    assert bench.shown()["strikes"] == 2
-    assert not bench.is_shut()
-
-
-def test_a_circuit_opens_at_the_threshold_for_first_retry_sec(bench):
-    bench.strike(3)
-
-    assert bench.shown()["state"] == "open"
-    assert bench.shown()["retry_in_sec"] == 5
-    assert bench.is_shut()
-
-
-def test_an_answer_that_ended_well_forgets_the_strikes(bench):
-    bench.strike(2)
-
-    bench.end(bench.go(), "good")
-    bench.strike(2)
-
-    assert bench.shown()["state"] == "closed"
-
-
-def test_an_attempt_that_does_not_count_leaves_the_strikes_as_they_are(bench):
-    bench.strike(2)
-
-    bench.end(bench.go(), "none")
-
-    assert bench.shown()["strikes"] == 2
+OPEN = "strike strike strike"
+PROBE = f"{OPEN} wait:5 go"
+VERDICTS = ("good", "strike", "none")
+# what happened; state, strikes and seconds to wait then; what the next request is
+HISTORIES: dict[str, tuple[str, str, int, float, str]] = {
+    "below the threshold it is closed": ("strike strike", "closed", 2, 0, "free"),
+    "at the threshold it opens for first_retry_sec": (OPEN, "open", 3, 5, "shut"),
+    "a good end forgets the strikes": ("strike strike good strike strike", "closed", 2, 0, "free"),
+    "an end that says nothing keeps them": ("strike strike none", "closed", 2, 0, "free"),
+    "nobody goes before it is due": (f"{OPEN} wait:4.999", "open", 3, 0, "shut"),
+    "one goes when it is due": (f"{OPEN} wait:5", "open", 3, 0, "probe"),
+    "and nobody else": (PROBE, "half-open", 3, 0, "shut"),
+    "open and held it waits for both": ("strike strike held:60 wait:59", "open", 3, 1, "shut"),
+    # the probe
+    "a probe that commits closes it for everyone": (f"{PROBE} commit", "closed", 2, 0, "free"),
+    "one more strike opens it again": (f"{PROBE} commit strike", "open", 3, 5, "shut"),
+    "so does its own answer that breaks": (f"{PROBE} commit end:strike", "open", 3, 5, "shut"),
+    "first_open is kept until then": (f"{OPEN} wait:80 go commit strike", "open", 3, 20, "shut"),
+    "and forgotten by a good end": (f"{OPEN} wait:80 good {OPEN}", "open", 3, 5, "shut"),
+    "which forgets all strikes": (f"{PROBE} end:good strike strike", "closed", 2, 0, "free"),
+    **{f"down for {down_s} s it waits a quarter of it":
+       (f"{OPEN} wait:{down_s} strike", "open", 4, wait_s, "shut")
+       for down_s, wait_s in ((5, 5), (19, 5), (40, 10), (60, 15), (1199, 299.8), (3600, 300))},
+    "a probe that says nothing leaves it to the next": (f"{PROBE} end:none", "open", 3, 0, "probe"),
+    "a probe is awaited for its lease": (f"{PROBE} wait:99.99", "half-open", 3, 0, "shut"),
+    "and lost after it": (f"{PROBE} wait:100", "open", 3, 0, "probe"),
+    **{f"a lost probe that ends {verdict} says nothing":
+       (f"{PROBE} wait:100 go end:{verdict}", "half-open", 3, 0, "shut") for verdict in VERDICTS},
+    # Retry-After, which is a strike as well
+    **{f"a Retry-After of {told} holds for {held_s} s": (f"held:{told}", "open", 1, held_s, "shut")
+       for told, held_s in ((0, 1), (0.2, 1), (7, 7), (300, 300), (301, 300), (1e9, 300))},
+    "until just before its end": ("held:7 wait:6.99", "open", 1, 0, "shut"),
+    "then it is for everyone": ("held:7 wait:7", "closed", 1, 0, "free"),
+    "a probe that is limited is held": (f"{OPEN} wait:5 held:30 wait:29", "open", 4, 1, "shut"),
+    "and stays open": (f"{OPEN} wait:5 held:30 wait:30", "open", 4, 0, "probe"),
+    # generations
+    **{f"what ends {verdict} from before the opening is void":
+       (f"go {OPEN} end:{verdict}", "open", 3, 5, "shut") for verdict in VERDICTS},
+    **{f"what ends {verdict} from before the reset makes no circuit":
+       (f"go reset end:{verdict}", "closed", 0, 0, "free") for verdict in VERDICTS},
+    **{f"nor does it count for the next: {verdict}":
+       (f"go reset strike end:{verdict}", "closed", 1, 0, "free") for verdict in VERDICTS},
+    "a reset forgets strikes, hold and opening":
+        ("strike strike held:100 reset", "closed", 0, 0, "free"),
+}  # fmt: skip
 
 
-def test_a_threshold_of_one_opens_at_the_first_strike(bench):
-    config = {**CONFIG, "failure_threshold": 1}
+@pytest.mark.parametrize(
+    ("history", "state", "strikes", "wait_s", "then"), HISTORIES.values(), ids=HISTORIES
+)
+def test_the_state_table_line_by_line(bench, history, state, strikes, wait_s, then):
+    bench.play(history)
 
+    shown = bench.shown()
+    assert (shown["state"], shown["strikes"], shown["retry_in_sec"]) == (state, strikes, wait_s)
+    assert bench.next_one() == then
+
+
+@pytest.mark.parametrize(
+    ("threshold", "retry_s", "down_s", "wait_s"), [(1, 5, 5, 5), (1, 30, 500, 30)]
+)
+def test_threshold_and_waits_are_those_of_the_configuration(
+    bench, clock, threshold, retry_s, down_s, wait_s
+):
+    """The second is a flat wait: first_retry_sec is recovery_timeout_sec."""
+    config = {
+        "failure_threshold": threshold,
+        "recovery_timeout_sec": 30,
+        "first_retry_sec": retry_s,
+    }
     bench.breakers.settle(bench.go(), "strike", config, "reset")
+    first = bench.shown()
+    clock += down_s
 
-    assert bench.shown()["state"] == "open"
+    bench.breakers.settle(bench.go(), "strike", config)
+
+    assert (first["state"], first["retry_in_sec"]) == ("open", retry_s)
+    assert bench.shown()["retry_in_sec"] == wait_s
 
 
 def test_models_do_not_share_strikes(bench):
@@ -124,284 +169,40 @@ def test_models_do_not_share_strikes(bench):
 def test_a_ticket_counts_once_however_often_it_is_settled(bench):
     ticket = bench.go()
 
-    bench.end(ticket, "strike")
-    bench.end(ticket, "strike")
-    bench.end(ticket, "good")
+    for verdict in ("strike", "strike", "good"):
+        bench.end(ticket, verdict)
 
     assert bench.shown()["strikes"] == 1
 
 
-# --- open ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("later_s", [0.0, 2.5, 4.999])
-def test_an_open_circuit_is_passed_over_until_it_is_due(bench, clock, later_s):
-    bench.strike(3)
-
-    clock += later_s
-
-    assert bench.is_shut()
-    assert not bench.breakers.would_admit("m")
-
-
-def test_an_open_circuit_lets_one_request_through_when_it_is_due(bench, clock):
-    bench.strike(3)
-
-    clock += 5
-    ticket = bench.go()
-
-    assert ticket.probe
-    assert bench.is_shut()
-    assert bench.shown()["state"] == "half-open"
-
-
-def test_an_open_circuit_that_is_also_held_waits_for_both(bench, clock):
-    bench.strike(2)
-    bench.strike(1, retry_after_s=60)
-
-    clock += 59
-
-    assert bench.is_shut()
-    assert bench.shown()["retry_in_sec"] == 1
-
-
-# --- the probe -----------------------------------------------------------------------------------
-
-
-def probe(bench: Bench) -> Ticket:
-    """The probe of a circuit that has just opened and come due."""
-    bench.strike(3)
-    bench.clock += 5
-    return bench.go()
-
-
-def test_a_probe_that_commits_closes_the_circuit_for_everyone(bench):
-    ticket = probe(bench)
-
-    bench.breakers.commit(ticket, 3)
-
-    assert bench.shown()["state"] == "closed"
-    assert not bench.go().probe
-    assert not bench.go().probe
-
-
-def test_after_a_probe_committed_one_more_strike_opens_again(bench):
-    bench.breakers.commit(probe(bench), 3)
-
-    bench.strike(1)
-
-    assert bench.shown()["state"] == "open"
-
-
-def test_a_probe_whose_answer_breaks_after_the_commit_opens_again(bench):
-    ticket = probe(bench)
-    bench.breakers.commit(ticket, 3)
-
-    bench.breakers.settle(ticket, "strike", CONFIG, "cut")
-
-    assert bench.shown()["state"] == "open"
-
-
-def test_first_open_is_kept_until_an_answer_ends_well(bench, clock):
-    bench.strike(3)
-    clock += 80
-    bench.breakers.commit(bench.go(), 3)
-
-    bench.strike(1)
-
-    assert bench.shown()["retry_in_sec"] == 20
-
-
-def test_first_open_is_forgotten_when_an_answer_ended_well(bench, clock):
-    bench.strike(3)
-    clock += 80
-    bench.end(bench.go(), "good")
-
-    bench.strike(3)
-
-    assert bench.shown()["retry_in_sec"] == 5
-
-
-def test_all_strikes_are_forgotten_when_the_probed_answer_ended_well(bench):
-    bench.end(probe(bench), "good")
-
-    bench.strike(2)
-
-    assert bench.shown()["state"] == "closed"
-
-
-@pytest.mark.parametrize(
-    ("down_s", "wait_s"), [(5, 5), (19, 5), (40, 10), (60, 15), (1199, 299.75), (3600, 300)]
-)
-def test_a_probe_that_fails_waits_a_quarter_of_the_outage(bench, clock, down_s, wait_s):
-    bench.strike(3)
-    clock += down_s
-
-    bench.end(bench.go(), "strike")
-
-    clock += wait_s - 0.01
-    assert bench.is_shut()
-    clock += 0.02
-    assert bench.go().probe
-
-
-def test_a_flat_wait_when_first_retry_is_recovery_timeout(bench, clock):
-    config = {"failure_threshold": 1, "recovery_timeout_sec": 30, "first_retry_sec": 30}
-    bench.breakers.settle(bench.go(), "strike", config)
-    clock += 500
-
-    bench.breakers.settle(bench.go(), "strike", config)
-
-    assert bench.shown()["retry_in_sec"] == 30
-
-
-def test_a_probe_without_a_verdict_leaves_the_next_request_to_probe(bench):
-    bench.end(probe(bench), "none")
-
-    assert bench.shown()["state"] == "open"
-    assert bench.go().probe
-
-
-def test_a_probe_that_is_not_returned_is_lost_after_its_lease(bench, clock):
-    probe(bench)
-
-    clock += LEASE_S - 0.01
-    assert bench.is_shut()
-    clock += 0.01
-    assert bench.shown()["state"] == "open"
-    assert bench.go().probe
-
-
-@pytest.mark.parametrize("verdict", ["good", "strike", "none"])
-def test_a_lost_probe_says_nothing_once_another_probes(bench, clock, verdict):
-    lost = probe(bench)
-    clock += LEASE_S
-    bench.go()
-
-    bench.end(lost, verdict)
-
-    assert bench.shown()["state"] == "half-open"
-    assert bench.is_shut()
-
-
-# --- any: Retry-After ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("told_s", "held_s"), [(0, 1), (0.2, 1), (7, 7), (300, 300), (301, 300), (1e9, 300)]
-)
-def test_retry_after_holds_the_model_within_bounds(bench, clock, told_s, held_s):
-    bench.strike(1, retry_after_s=told_s)
-
-    clock += held_s - 0.01
-    assert bench.is_shut()
-    clock += 0.01
-    assert not bench.is_shut()
-
-
-def test_retry_after_is_a_strike_as_well(bench):
-    bench.strike(1, retry_after_s=2)
-
-    assert bench.shown()["strikes"] == 1
-    assert bench.shown()["state"] == "open"
-
-
-def test_a_closed_circuit_that_is_no_longer_held_is_for_everyone(bench, clock):
-    bench.strike(1, retry_after_s=7)
-
-    clock += 7
-
-    assert [bench.go().probe for _ in range(3)] == [False] * 3
-    assert bench.shown()["state"] == "closed"
-
-
-def test_nothing_probes_a_held_model_not_even_early(bench, clock):
-    bench.strike(2)
-    bench.strike(1, retry_after_s=60)
-
-    clock += 10
+def test_nothing_probes_a_held_model_not_even_early(bench):
+    bench.play("strike strike held:60 wait:10")
 
     assert bench.breakers.admit("m", LEASE_S, early=True) is None
     assert bench.breakers.due_soonest(["m"]) is None
 
 
-def test_a_probe_that_is_rate_limited_is_held_and_open(bench, clock):
-    bench.end(probe(bench), "strike", retry_after_s=30)
-
-    clock += 29
-    assert bench.is_shut()
-    clock += 1
-    assert bench.go().probe
-
-
-# --- any: generations ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("verdict", ["good", "strike", "none"])
-def test_a_result_from_before_the_opening_is_void(bench, verdict):
-    late = bench.go()
-    bench.strike(3)
-
-    bench.end(late, verdict)
-
-    assert bench.shown()["state"] == "open"
-    assert bench.shown()["strikes"] == 3
-    assert bench.shown()["retry_in_sec"] == 5
-
-
-@pytest.mark.parametrize("verdict", ["good", "strike", "none"])
-def test_a_result_from_before_the_reset_makes_no_circuit(bench, verdict):
-    late = bench.go()
-    bench.breakers.reset(["m"])
-
-    bench.end(late, verdict)
+def test_a_result_from_before_the_reset_leaves_nothing_behind(bench):
+    bench.play("go reset end:strike")
 
     assert bench.breakers.snapshot() == {}
 
 
-@pytest.mark.parametrize("verdict", ["good", "strike"])
-def test_a_result_from_before_the_reset_is_void_for_the_next_circuit(bench, verdict):
+@pytest.mark.parametrize(("strikes", "verdict"), [(2, "strike"), (3, "good")])
+def test_a_late_result_after_a_reset_says_nothing_in_the_log(bench, lines, strikes, verdict):
+    """One strike more would have opened the circuit; the probe's good end would have closed it."""
+    bench.strike(strikes)
+    bench.clock += 5
     late = bench.go()
     bench.breakers.reset()
-    bench.strike(1)
+    lines.clear()
 
     bench.end(late, verdict)
-
-    assert bench.shown()["strikes"] == 1
-
-
-def test_a_late_strike_after_a_reset_says_nothing_in_the_log(bench, lines):
-    bench.strike(2)
-    late = bench.go()
-    bench.breakers.reset()
-    lines.clear()
-
-    bench.end(late, "strike")
-
-    assert lines == []
-
-
-def test_a_late_probe_after_a_reset_says_nothing_in_the_log(bench, lines):
-    late = probe(bench)
-    bench.breakers.reset()
-    lines.clear()
-
-    bench.end(late, "good")
 
     assert lines == []
 
 
 # --- reset, early probes, forgotten models, what is shown ----------------------------------------
-
-
-def test_reset_forgets_strikes_hold_and_opening_at_once(bench):
-    bench.strike(2)
-    bench.strike(1, retry_after_s=100)
-
-    bench.breakers.reset(["m"])
-
-    assert not bench.go().probe
-    assert bench.shown()["strikes"] == 0
 
 
 def test_reset_of_one_model_leaves_the_others(bench):
@@ -474,25 +275,21 @@ def test_what_is_shown_says_why_and_since_when(bench):
 
 
 @pytest.mark.parametrize(
-    ("verdict", "said"), [("strike", "circuit_opened model=m"), ("good", "circuit_closed model=m")]
+    ("verdict", "said"),
+    [
+        ("strike", "circuit_opened model=m reason=reset status=503"),
+        ("good", "circuit_closed model=m"),
+    ],
 )
 def test_a_change_of_state_is_one_line_in_the_log(bench, lines, verdict, said):
-    ticket = probe(bench)
+    bench.play(PROBE)
+    begun = lines[-1:]
     lines.clear()
 
-    bench.end(ticket, verdict)
+    bench.end(bench.air[0], verdict, status=503)
 
+    assert ["circuit_half_open model=m" in line for line in begun] == [True]
     assert [said in line for line in lines] == [True]
-
-
-def test_a_probe_that_goes_is_a_change_of_state_and_one_line_in_the_log(bench, lines):
-    bench.strike(3)
-    bench.clock += 5
-    lines.clear()
-
-    bench.go()
-
-    assert ["model=m" in line for line in lines] == [True]
 
 
 # --- 64 threads at the moment of half-open -------------------------------------------------------
@@ -686,67 +483,6 @@ class Pair:
 WAITS = [0.0, 0.5, 1.0, 4.999, 5.0, 10.0, 60.0, LEASE_S, 299.0, 1000.0, 5000.0]
 
 
-class BreakersAgainstReference(RuleBasedStateMachine):
-    """Random histories, shrunk by hypothesis when one of them tells the two apart."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pair = Pair()
-
-    @rule(model=st.sampled_from(MODELS), early=st.booleans())
-    def ask(self, model: str, early: bool) -> None:
-        self.pair.ask(model, early)
-
-    @precondition(lambda self: self.pair.air)
-    @rule(which=st.integers(0, 63))
-    def commit(self, which: int) -> None:
-        self.pair.commit(which)
-
-    @precondition(lambda self: self.pair.air)
-    @rule(which=st.integers(0, 63), verdict=st.sampled_from(["good", "none", "strike"]))
-    def end(self, which: int, verdict: str) -> None:
-        self.pair.end(which, verdict)
-
-    @precondition(lambda self: self.pair.air)
-    @rule(which=st.integers(0, 63), seconds=st.floats(0, 1e6))
-    def end_with_retry_after(self, which: int, seconds: float) -> None:
-        self.pair.end(which, "strike", seconds)
-
-    @rule(
-        model=st.sampled_from(MODELS),
-        seconds=st.sampled_from(WAITS),
-        verdict=st.sampled_from(["good", "none", "strike", "strike", "strike"]),
-        times=st.integers(1, 3),
-    )
-    def wait_and_go_there_and_back(
-        self, model: str, seconds: float, verdict: str, times: int
-    ) -> None:
-        self.pair.clock += seconds
-        for _ in range(times):
-            before = len(self.pair.air)
-            self.pair.ask(model, early=False)
-            if len(self.pair.air) > before:
-                self.pair.end(before, verdict)
-
-    @rule(seconds=st.one_of(st.sampled_from(WAITS), st.floats(0, 5000)))
-    def wait(self, seconds: float) -> None:
-        self.pair.clock += seconds
-
-    @rule(models=st.one_of(st.none(), st.lists(st.sampled_from(MODELS), max_size=2)))
-    def reset(self, models: list[str] | None) -> None:
-        self.pair.reset(models)
-
-    @invariant()
-    def agree(self) -> None:
-        self.pair.compare()
-
-
-TestBreakersAgainstReference = BreakersAgainstReference.TestCase
-TestBreakersAgainstReference.settings = settings(
-    max_examples=200, stateful_step_count=30, deadline=None, database=None, derandomize=True
-)
-
-
 def wander(seed: int, steps: int) -> Pair:
     """One random walk of `steps` steps, mostly strikes and asks so that circuits open."""
     dice, pair = random.Random(seed), Pair()
@@ -768,8 +504,8 @@ def wander(seed: int, steps: int) -> Pair:
     return pair
 
 
-@pytest.mark.parametrize("block", range(20))
+@pytest.mark.parametrize("block", range(10))
 def test_a_hundred_random_walks_agree_with_the_reference(block):
-    walks = [wander(seed, steps=45) for seed in range(block * 100, block * 100 + 100)]
+    walks = [wander(seed, steps=90) for seed in range(block * 100, block * 100 + 100)]
 
     assert len(walks) == 100

@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 import time
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 import routing
-from conftest import KEY, ROOT, LocalClient, settings_for, small_routes
+from conftest import ROOT, LocalClient
+from helpers import user, wait_until
+from service import small_routes
 from upstream import Upstream, hang, plain, raw, slow
 
 import router as module
 from parts import prompts
 from parts.prompts import Continuations, clean, user_texts
 
+SHIPPED = json.loads((ROOT / "routes.json").read_text())
 CONTEXT = (
     "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>\nnotes: python\n<<<END_OPENCLAW_INTERNAL_CONTEXT>>>"
 )
 STAMP = "[Sun 2026-11-22 20:58 UTC] "
 RUNTIME = "\n\nRuntime: agent=main | session=agent:main:main | sessionId=0 | shell=bash"
 META = '(untrusted metadata):\n```json\n{"sender": "python"}\n```'
-
-
-def user(content) -> dict:
-    return {"role": "user", "content": content}
 
 
 def first_text(*messages) -> str:
@@ -129,23 +127,13 @@ def test_no_text_at_all_is_the_default_category(client):
 
 @pytest.mark.parametrize(
     ("entry", "text", "matches"),
-    [
-        ("poem", "a poem please", True),
-        ("poem", "poems", False),
-        ("poem*", "two poems", True),
-        ("unit test", "write a unit test", True),
-        ("unit test", "the unit of a test", False),
-        ("unit test*", "unit testing", True),
-        ("Éléphant", "un ELEPHANT", True),
-        ("email", "lire l'email", True),
-        ("l'ecran", "l’écran est noir", True),
-        ("c++", "in C++ please", True),
-        ("c#", "my C# class", True),
-        (".net", "a .NET thing", True),
-        ("node.js", "with node.js", True),
-        ("go", "gopher", False),
-    ],
-)
+    [("poem", "a poem please", True), ("poem", "poems", False), ("poem*", "two poems", True),
+     ("unit test", "write a unit test", True), ("unit test", "the unit of a test", False),
+     ("unit test*", "unit testing", True), ("Éléphant", "un ELEPHANT", True),
+     ("email", "lire l'email", True), ("l'ecran", "l’écran est noir", True),
+     ("c++", "in C++ please", True), ("c#", "my C# class", True), (".net", "a .NET thing", True),
+     ("node.js", "with node.js", True), ("go", "gopher", False)],
+)  # fmt: skip
 def test_keywords_match_whole_words_without_case_and_accents(entry, text, matches):
     found = module.Keywords({"mine": [entry]}).match(text)
 
@@ -189,26 +177,7 @@ def test_any_text_is_put_somewhere_without_an_error(text, shipped_keywords):
 
 @pytest.fixture(scope="module")
 def shipped_keywords():
-    raw_routes = json.loads((ROOT / "routes.json").read_text())
-    return module.Keywords({n: c["keywords"] for n, c in raw_routes["categories"].items()})
-
-
-def test_ten_thousand_keywords_cost_nothing_per_prompt():
-    small = module.Keywords({"a": ["needle"]})
-    large = module.Keywords({"a": ["needle", *(f"word{n}" for n in range(10_000))]})
-
-    def calls(keywords, text="where is the needle in this text") -> int:
-        seen = []
-        module.tokens_of.cache_clear()
-        sys.setprofile(lambda frame, event, arg: seen.append(event))
-        try:
-            keywords.match(text)
-        finally:
-            sys.setprofile(None)
-        return len(seen)
-
-    calls(small, "the first call is not counted")
-    assert calls(large) == calls(small)
+    return module.Keywords({n: c["keywords"] for n, c in SHIPPED["categories"].items()})
 
 
 def test_a_text_is_matched_once_however_often_a_tool_loop_asks(monkeypatch):
@@ -231,8 +200,7 @@ def test_the_quick_way_to_words_finds_the_same_words(text):
 
 
 def test_french_words_that_fold_to_english_ones_are_no_single_keywords():
-    raw_routes = json.loads((ROOT / "routes.json").read_text())
-    entries = [w for c in raw_routes["categories"].values() for w in c.get("keywords", ())]
+    entries = [w for c in SHIPPED["categories"].values() for w in c.get("keywords", ())]
 
     assert not {"thé", "dés", "roi", "trie"} & {entry.split("^")[0] for entry in entries}
 
@@ -241,23 +209,19 @@ def test_french_words_that_fold_to_english_ones_are_no_single_keywords():
 
 
 @pytest.mark.parametrize("text", ["ok", "oui", "vas-y", "go on", "et en Python ?", "fix it"])
-def test_a_continuation_keeps_the_category_of_the_turn_before(text, tmp_path, upstream):
-    shipped = json.loads((ROOT / "routes.json").read_text())
-    changes = {"continuations": shipped["continuations"]}
-    path = tmp_path / "routes.json"
-    path.write_text(json.dumps(small_routes(upstream.url, **changes)))
-    client = LocalClient(module.create_app(settings_for(path)))
+def test_a_continuation_keeps_the_category_of_the_turn_before(text, build):
+    client = build(continuations=SHIPPED["continuations"])
+    before = [user("prove that seven is prime"), {"role": "assistant", "content": "x"}]
 
-    answer = client.chat(
-        messages=[
-            user("prove that seven is prime"),
-            {"role": "assistant", "content": "x"},
-            user(text),
-        ]
-    )
+    answer = client.chat(messages=[*before, user(text)])
 
     assert answer.headers["X-Router-Category"] == "reasoning"
     assert answer.headers["X-Router-Mode"] == "continuation"
+
+
+@pytest.fixture(scope="module")
+def decide():
+    return routing.deciding()
 
 
 @pytest.mark.parametrize(
@@ -271,9 +235,7 @@ def test_a_continuation_keeps_the_category_of_the_turn_before(text, tmp_path, up
         ("Read HEARTBEAT.md if it exists. If nothing needs attention, say so.", "conversation"),
     ],
 )
-def test_a_short_text_after_a_code_turn_goes_where_a_person_would_say(text, category):
-    decide = routing.deciding()
-
+def test_a_short_text_after_a_code_turn_goes_where_a_person_would_say(decide, text, category):
     decision = decide([user("write a python function that sorts a list"), user(text)])
 
     assert decision.category == category
@@ -313,11 +275,8 @@ def test_tools_offered_by_an_agent_decide_only_when_they_are_few(client, body, c
     ("routing", "count", "category"),
     [("always", 20, "tools"), ("never", 1, "conversation"), ("auto", 7, "tools")],
 )
-def test_tools_routing_says_what_tools_do(tmp_path, upstream, routing, count, category):
-    path = tmp_path / "routes.json"
-    path.write_text(json.dumps(small_routes(upstream.url, tools_routing=routing)))
-
-    answer = LocalClient(module.create_app(settings_for(path))).chat(tools=[TOOL] * count)
+def test_tools_routing_says_what_tools_do(build, routing, count, category):
+    answer = build(tools_routing=routing).chat(tools=[TOOL] * count)
 
     assert answer.headers["X-Router-Category"] == category
 
@@ -333,11 +292,8 @@ IMAGE = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"
         ({"context": 100}, {"messages": [user("hello " * 1000)]}),
     ],
 )
-def test_models_that_cannot_take_a_request_are_passed_over(tmp_path, upstream, limits, body):
-    changed = small_routes(upstream.url, models={"acme/one": limits})
-    path = tmp_path / "routes.json"
-    path.write_text(json.dumps(changed))
-    client = LocalClient(module.create_app(settings_for(path)))
+def test_models_that_cannot_take_a_request_are_passed_over(build, upstream, limits, body):
+    client = build(models={"acme/one": limits})
 
     able = client.chat(**body)
     unable = client.chat(model="acme/one", **body)
@@ -359,16 +315,12 @@ def ollama():
 
 
 @pytest.fixture
-def asking(tmp_path, upstream, ollama):
+def asking(build, ollama):
     """A client whose categories are named by the fake Ollama."""
-    path = tmp_path / "routes.json"
     config = {"base_url": ollama.url.removesuffix("/v1"), "model": "tiny", "timeout_sec": 0.5}
-    path.write_text(json.dumps(small_routes(upstream.url, routing_mode="ollama", ollama=config)))
     ollama.default = said("conversation")
-    client = LocalClient(module.create_app(settings_for(path)))
-    deadline = time.monotonic() + 5
-    while not ollama.requests and time.monotonic() < deadline:
-        time.sleep(0.01)  # the warm-up call, from its own thread
+    client = build(routing_mode="ollama", ollama=config)
+    wait_until(lambda: ollama.requests)  # the warm-up call, from its own thread
     ollama.requests.clear()
     return client
 
@@ -455,27 +407,17 @@ def test_a_dead_ollama_is_left_alone_for_a_while_and_health_says_so(asking, olla
 
 
 def test_at_most_two_ask_ollama_at_once(asking, ollama):
-    gate, modes = threading.Event(), []
-    answer = said("code")
+    gate, answer = threading.Event(), said("code")
+    ollama.default = lambda peer, request: gate.wait(5) and answer(peer, request)
 
-    def wait(peer, request):
-        gate.wait(5)
-        return answer(peer, request)
-
-    ollama.default = wait
-    threads = [
-        threading.Thread(target=lambda n=n: modes.append(ask_for(asking, n))) for n in range(2)
-    ]
-    [thread.start() for thread in threads]
-    deadline = time.monotonic() + 5
-    while len(ollama.requests) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-    third = ask_for(asking, 3)
-    gate.set()
-    [thread.join(5) for thread in threads]
+    with ThreadPoolExecutor(2) as pool:
+        first = [pool.submit(ask_for, asking, n) for n in range(2)]
+        wait_until(lambda: len(ollama.requests) == 2)
+        third = ask_for(asking, 3)
+        gate.set()
 
     assert third in ("keywords", "default")
+    assert [asked.result(5) for asked in first] == ["ollama"] * 2
     assert len(ollama.requests) == 2
 
 
@@ -487,16 +429,13 @@ def ask_for(client: LocalClient, n: int) -> str:
     ("text", "mode", "asked"), [("python refactor", "keywords", 0), ("zzz", "ollama", 1)]
 )
 def test_hybrid_asks_ollama_only_when_keywords_are_not_sure(
-    tmp_path, upstream, ollama, text, mode, asked
+    build, upstream, ollama, text, mode, asked
 ):
-    path = tmp_path / "routes.json"
-    config = {"base_url": ollama.url.removesuffix("/v1"), "model": "tiny"}
-    changes = {"routing_mode": "hybrid", "ollama": config}
-    routes = small_routes(upstream.url, **changes)
-    routes["categories"]["code"]["keywords"] = ["python^3", "refactor*^3"]
-    path.write_text(json.dumps(routes))
+    categories = small_routes(upstream.url)["categories"]
+    categories["code"]["keywords"] = ["python^3", "refactor*^3"]
     ollama.default = said("reasoning")
-    client = LocalClient(module.create_app(settings_for(path)))
+    config = {"base_url": ollama.url.removesuffix("/v1"), "model": "tiny"}
+    client = build(routing_mode="hybrid", ollama=config, categories=categories)
 
     answer = client.chat(text)
 
@@ -538,25 +477,3 @@ def test_dry_run_and_real_run_agree(client, body):
     assert dry["category"] == real["X-Router-Category"]
     assert dry["mode"] == real["X-Router-Mode"]
     assert dry["chain"][0]["model"] == real["X-Router-Model"]
-
-
-def test_the_command_line_tells_the_same_without_a_service(routes):
-    env = {"ROUTER_ROUTES": str(routes), "ROUTER_BIND": "127.0.0.1:1", "TEST_API_KEY": KEY}
-    command = [sys.executable, "router.py", "route", "--json", "please refactor this"]
-
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=20)
-
-    report = json.loads(done.stdout)
-    assert done.returncode == 0
-    assert report["category"] == "code"
-    assert report["chain"][0]["circuit"] == "unknown"
-
-
-def test_the_command_line_asks_the_running_service(service):
-    env = {**service.env}
-    command = [sys.executable, "router.py", "route", "please refactor this"]
-
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=20)
-
-    assert "category  code" in done.stdout
-    assert "acme/one  circuit closed" in done.stdout

@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 import redis
 import requests
-from conftest import ROOT, Service, free_port, settings_for, small_routes
-from test_nginx import SITE, Nginx, kill_all, wait_until
+from conftest import ROOT, Clock, Service, free_port, settings_for, small_routes
+from helpers import kill_all, open_circuits, wait_until
+from test_nginx import SITE, Nginx
 from upstream import Upstream, error, hang, slow, whole
 
 import router as module
@@ -85,6 +86,13 @@ def shared_redis(tmp_path_factory) -> Iterator[Redis]:
 # --- one object at a time, in this process, a round at a time ------------------------------------
 
 
+class Running(Clock):
+    """A clock that runs, and that tests move on by hand."""
+
+    def __call__(self) -> float:
+        return self.now + time.monotonic()
+
+
 class Member:
     """An instance without its thread: it looks at the cluster when `share` is called."""
 
@@ -94,7 +102,8 @@ class Member:
         if routes:
             self.file.write_text(json.dumps(routes))
         settings = settings_for(self.file, ROUTER_REDIS_URL=url, ROUTER_INSTANCE=name)
-        self.owner = module.create_app(settings).extensions["router"]
+        self.clock = Running()
+        self.owner = module.create_app(settings, clock=self.clock).extensions["router"]
         self.cluster, self.store = self.owner.cluster, self.owner.store
         self.breakers, self.health = self.owner.breakers, self.owner.cluster.health
 
@@ -112,23 +121,33 @@ class Member:
     def edit(self, name: str) -> None:
         """As a person would: without asking anybody."""
         text = self.store.table.with_category(name, {"models": ["acme/one"]}, must_exist=False)
+        self.write(text)
+
+    def write(self, text: str) -> None:
+        """Into its file, which it will look at next."""
         self.file.write_text(text)
-        self.store._next_look = 0.0
+        self.clock += 0.6
 
     def fail(self, model: str = "acme/one", times: int = 3, **more: Any) -> None:
         for _ in range(times):
             ticket = self.breakers.admit(model, 5)
             self.breakers.settle(ticket, "strike", QUICK, "server_error", 500, **more)
 
-    def make_due(self, model: str = "acme/one") -> None:
+    def make_due(self) -> None:
         """Time passes, for this instance."""
-        self.breakers._circuits[model].due = 0.0
+        self.clock += QUICK["first_retry_sec"]
 
     def state(self, model: str = "acme/one") -> str:
         return self.breakers.snapshot().get(model, {"state": "closed"})["state"]
 
     def probe(self, model: str = "acme/one") -> Any:
         return self.breakers.admit(model, 5)
+
+
+def share(*members: Member) -> None:
+    """One looks at the cluster after the other."""
+    for one in members:
+        one.share()
 
 
 @pytest.fixture
@@ -156,6 +175,15 @@ def member(server: Redis, tmp_path: Path, monkeypatch) -> Callable[..., Member]:
 def pair(member) -> tuple[Member, Member]:
     a, b = member("a"), member("b")
     a.share()
+    return a, b
+
+
+@pytest.fixture
+def opened(pair: tuple[Member, Member]) -> tuple[Member, Member]:
+    """Two who both know that a circuit is open."""
+    a, b = pair
+    a.fail()
+    share(a, b)
     return a, b
 
 
@@ -191,8 +219,7 @@ def test_a_hand_edit_counts_as_a_write(pair):
     a, b = pair
 
     a.edit("poem")
-    a.share()
-    b.share()
+    share(a, b)
 
     assert b.has("poem")
     assert a.file.read_text() == b.file.read_text()
@@ -211,20 +238,20 @@ def test_a_hand_edit_that_comes_too_late_is_kept_beside_the_file(pair, caplog):
     assert [r.msg for r in caplog.records].count("cluster_file_kept") == 1
 
 
-def test_a_broken_file_on_one_waits_until_it_is_mended(pair, caplog, monkeypatch):
+def test_a_broken_file_on_one_waits_until_it_is_mended(pair, caplog):
     a, b = pair
-    monkeypatch.setattr(cluster, "RETRY_S", 0.0)
-    b.file.write_text("{ broken")
-    b.store._next_look = 0.0
+    b.write("{ broken")
     a.add("poem")
 
     b.share()
+    b.clock += cluster.RETRY_S
     b.share()
 
     assert b.health()["behind"] == "routes_file_bad"
     assert b.file.read_text() == "{ broken"
     assert [r.msg for r in caplog.records].count("cluster_routes_refused") == 1
-    b.file.write_text(json.dumps(small_routes("http://127.0.0.1:9/v1")))
+    b.write(json.dumps(small_routes("http://127.0.0.1:9/v1")))
+    b.clock += cluster.RETRY_S
     b.share()
     assert b.has("poem")
     assert "behind" not in b.health()
@@ -278,8 +305,7 @@ def test_two_workers_on_one_file_make_no_hand_edit_of_each_others_changes(pair, 
     b.share()
     b.add("song")
 
-    old.share()
-    new.share()
+    share(old, new)
 
     assert old.has("song") and new.has("song")
     assert not old.file.with_name(".routes.json.mine").exists()
@@ -306,8 +332,7 @@ def test_a_change_that_cannot_be_written_is_taken_back(pair, monkeypatch):
         patch.setattr(os, "replace", full)
         with pytest.raises(Refused):
             a.add("poem")
-    a.share()
-    b.share()
+    share(a, b)
 
     assert not a.has("poem") and not b.has("poem")
     assert a.health()["version"] == b.health()["version"]
@@ -320,8 +345,7 @@ def test_an_emptied_redis_gets_the_same_version_again(pair, server):
     b.share()
 
     server.client.flushall()
-    b.share()
-    a.share()
+    share(b, a)
 
     assert server.client.hget("llm-router:config", "version") == version
     assert a.has("poem") and b.has("poem")
@@ -334,8 +358,7 @@ def test_an_older_copy_of_redis_does_not_take_a_change_back(pair, server):
     b.share()
 
     server.client.hset("llm-router:config", mapping=old)
-    b.share()
-    a.share()
+    share(b, a)
 
     assert a.has("poem") and b.has("poem")
 
@@ -347,8 +370,7 @@ def test_a_circuit_that_opens_on_one_is_open_on_the_other_for_as_long(pair):
     a, b = pair
 
     a.fail()
-    a.share()
-    b.share()
+    share(a, b)
 
     ours, theirs = (m.breakers.snapshot()["acme/one"] for m in (a, b))
     assert ours["state"] == theirs["state"] == "open"
@@ -360,8 +382,7 @@ def test_strikes_before_that_are_each_instances_own(pair, server):
     a, b = pair
 
     a.fail(times=2)
-    a.share()
-    b.share()
+    share(a, b)
 
     assert b.breakers.snapshot() == {}
     assert server.client.hgetall("llm-router:circuits") == {}
@@ -371,23 +392,18 @@ def test_a_retry_after_holds_on_both(pair):
     a, b = pair
 
     a.fail(times=1, retry_after_s=30)
-    a.share()
-    b.share()
+    share(a, b)
 
     assert b.probe() is None
     assert b.breakers.snapshot()["acme/one"]["retry_in_sec"] > 25
 
 
 @pytest.mark.parametrize("models", [["acme/one"], None])
-def test_a_reset_on_one_is_one_on_the_other(pair, models):
-    a, b = pair
-    a.fail()
-    a.share()
-    b.share()
+def test_a_reset_on_one_is_one_on_the_other(opened, models):
+    a, b = opened
 
     b.breakers.reset(models)
-    b.share()
-    a.share()
+    share(b, a)
 
     assert (a.state(), b.state()) == ("closed", "closed")
 
@@ -414,22 +430,17 @@ def test_results_in_the_air_do_not_undo_what_was_heard(pair):
     a.breakers.reset(["acme/one"])
     a.share()
     a.fail()
-    a.share()
-    b.share()
+    share(a, b)
 
     for ticket in late:
         b.breakers.settle(ticket, "good", QUICK)
-    b.share()
-    a.share()
+    share(b, a)
 
     assert (a.state(), b.state()) == ("open", "open")
 
 
-def test_one_probe_in_the_cluster(pair):
-    a, b = pair
-    a.fail()
-    a.share()
-    b.share()
+def test_one_probe_in_the_cluster(opened):
+    a, b = opened
     a.make_due()
     b.make_due()
 
@@ -453,17 +464,13 @@ def test_who_finds_it_due_in_the_last_moment_does_not_probe_without_a_lease(pair
     assert a.probe().probe
 
 
-def test_a_probe_that_ends_well_closes_the_circuit_on_both(pair, server):
-    a, b = pair
-    a.fail()
-    a.share()
-    b.share()
+def test_a_probe_that_ends_well_closes_the_circuit_on_both(opened, server):
+    a, b = opened
     a.make_due()
 
     ticket = a.probe()
     a.breakers.commit(ticket, 3)
-    a.share()
-    b.share()
+    share(a, b)
     a.breakers.settle(ticket, "good", QUICK)
 
     assert (a.state(), b.state()) == ("closed", "closed")
@@ -471,27 +478,20 @@ def test_a_probe_that_ends_well_closes_the_circuit_on_both(pair, server):
     assert list(server.client.scan_iter("llm-router:probe:*")) == []
 
 
-def test_a_probe_that_says_nothing_leaves_the_next_one_to_anybody(pair):
-    a, b = pair
-    a.fail()
-    a.share()
-    b.share()
+def test_a_probe_that_says_nothing_leaves_the_next_one_to_anybody(opened):
+    a, b = opened
     a.make_due()
     ticket = a.probe()
 
     a.breakers.settle(ticket, "none", QUICK)
-    a.share()
-    b.share()
+    share(a, b)
     b.make_due()
 
     assert b.probe().probe
 
 
-def test_nobody_probes_on_what_is_no_longer_so(pair):
-    a, b = pair
-    a.fail()
-    a.share()
-    b.share()
+def test_nobody_probes_on_what_is_no_longer_so(opened):
+    a, b = opened
     b.make_due()
     a.breakers.reset(["acme/one"])
     a.share()
@@ -501,11 +501,8 @@ def test_nobody_probes_on_what_is_no_longer_so(pair):
     assert b.probe().probe is False
 
 
-def test_the_lease_of_a_dead_instance_goes_to_the_next_one(pair, server):
-    a, b = pair
-    a.fail()
-    a.share()
-    b.share()
+def test_the_lease_of_a_dead_instance_goes_to_the_next_one(opened, server):
+    a, b = opened
     a.make_due()
     b.make_due()
     assert a.probe().probe
@@ -515,15 +512,11 @@ def test_the_lease_of_a_dead_instance_goes_to_the_next_one(pair, server):
     assert b.probe().probe
 
 
-def test_an_emptied_redis_hears_of_open_circuits_again(pair, server):
-    a, b = pair
-    a.fail()
-    a.share()
-    b.share()
+def test_an_emptied_redis_hears_of_open_circuits_again(opened, server):
+    a, b = opened
 
     server.client.flushall()
-    for one in (a, b, a, b):
-        one.share()
+    share(a, b, a, b)
 
     assert server.client.hkeys("llm-router:circuits") == ["acme/one"]
     assert (a.state(), b.state()) == ("open", "open")
@@ -537,10 +530,8 @@ def test_circuits_of_models_that_left_the_table_are_forgotten(pair, server):
     for category in routes["categories"].values():
         category["models"] = ["acme/one"]
 
-    a.file.write_text(json.dumps(routes))
-    a.store._next_look = 0.0
-    for one in (a, b, a, b):
-        one.share()
+    a.write(json.dumps(routes))
+    share(a, b, a, b)
 
     assert server.client.hkeys("llm-router:circuits") == []
 
@@ -552,22 +543,17 @@ def test_what_opened_while_alone_is_told_afterwards(pair, server):
     a.fail()
 
     server.go_on()
-    a.share()
-    b.share()
+    share(a, b)
 
     assert b.state() == "open"
 
 
-def test_what_opens_after_a_reset_is_open_however_late_the_others_hear_of_the_reset(pair):
-    a, b = pair
-    a.fail()
-    a.share()
-    b.share()
+def test_what_opens_after_a_reset_is_open_however_late_the_others_hear_of_the_reset(opened):
+    a, b = opened
 
     a.breakers.reset()
     a.fail()
-    a.share()
-    b.share()
+    share(a, b)
 
     assert (a.state(), b.state()) == ("open", "open")
 
@@ -579,8 +565,7 @@ def test_a_hung_redis_costs_a_probe_one_short_wait_and_the_next_none(pair, serve
     a, _ = pair
     a.fail("acme/one")
     a.fail("acme/two")
-    a.make_due("acme/one")
-    a.make_due("acme/two")
+    a.make_due()
     server.hang()
 
     began = time.monotonic()
@@ -605,8 +590,7 @@ def test_a_change_while_redis_hangs_is_a_503_and_never_comes_into_force(pair, se
         a.add("poem")
     time.sleep(cluster.VOID_S)  # by the clock of Redis
     server.go_on()
-    a.share()
-    b.share()
+    share(a, b)
 
     assert (refused.value.status, refused.value.kind) == (503, "cluster_unreachable")
     assert a.file.read_bytes() == before
@@ -637,8 +621,7 @@ def test_a_full_redis_leaves_each_alone(pair, server, caplog):
     server.client.set("filler", "x" * 2**20)
     server.client.config_set("maxmemory", "1mb")
 
-    a.share()
-    a.share()
+    share(a, a)
     with pytest.raises(Refused):
         a.add("poem")
 
@@ -706,29 +689,23 @@ class Pair:
             for folder, name in zip(folders, "ab", strict=True)
         )
 
-    def both(self, seen: Callable[[Service], Any], seconds: float = 5.0) -> float:
-        """How long it took until both see it; AssertionError when it takes longer."""
-        began = time.monotonic()
+    def both(self, seen: Callable[[Service], Any], seconds: float = 5.0) -> None:
+        """Return once both see it; AssertionError when it takes longer."""
         wait_until(lambda: all(seen(one) for one in (self.a, self.b)), seconds)
-        return time.monotonic() - began
 
     def is_calm(self) -> None:
         """Both in the cluster, on the same routes, with no open circuit."""
         self.both(lambda one: cluster_of(one)["instances"] == ["a", "b"])
         self.a.post("/circuit-breaker/reset-all")
-        self.both(lambda one: open_on(one) == {})
+        self.both(lambda one: open_circuits(one) == {})
 
 
 def cluster_of(one: Service) -> dict[str, Any]:
     return one.get("/health").json()["cluster"]
 
 
-def open_on(one: Service) -> dict[str, Any]:
-    return one.get("/metrics").json()["circuit_breaker"]["open_circuits"]
-
-
 def wait_until_due(one: Service) -> None:
-    wait_until(lambda: open_on(one)["acme/one"]["retry_in_sec"] == 0)
+    wait_until(lambda: open_circuits(one)["acme/one"]["retry_in_sec"] == 0)
     time.sleep(0.06)  # it is rounded to tenths
 
 
@@ -782,19 +759,19 @@ def test_a_circuit_opened_by_requests_to_one_is_open_on_both_and_reset_on_both(t
     for _ in range(3):
         assert two.a.chat().status_code == 200
 
-    two.both(lambda one: "acme/one" in open_on(one), 2)
+    two.both(lambda one: "acme/one" in open_circuits(one), 2)
     upstream.scripts.clear()
     two.b.post("/circuit-breaker/reset/one")
 
-    two.both(lambda one: open_on(one) == {}, 2)
+    two.both(lambda one: open_circuits(one) == {}, 2)
 
 
 def test_30_requests_on_both_send_one_probe(two, upstream):
     upstream.scripts["acme/one"] = error(500)
     for _ in range(3):
         two.a.chat()
-    two.both(lambda one: "acme/one" in open_on(one), 2)
-    upstream.scripts["acme/one"] = slow(1.5, whole("I am back"))
+    two.both(lambda one: "acme/one" in open_circuits(one), 2)
+    upstream.scripts["acme/one"] = slow(0.7, whole("I am back"))
     wait_until_due(two.a)
     wait_until_due(two.b)
     upstream.requests.clear()
@@ -804,7 +781,7 @@ def test_30_requests_on_both_send_one_probe(two, upstream):
 
     assert set(found) == {200}
     assert upstream.models_asked().count("acme/one") == 1
-    two.both(lambda one: open_on(one) == {}, 2)
+    two.both(lambda one: open_circuits(one) == {}, 2)
 
 
 def test_nothing_a_client_sends_becomes_a_key(two):
@@ -909,16 +886,16 @@ def test_killing_one_under_load_fails_nothing_and_its_probe_goes_to_the_other(
     third = Service(tmp_path_factory.mktemp("c"), small_routes(upstream.url, circuit_breaker=QUICK),
                     ROUTER_REDIS_URL=two.server.url, ROUTER_INSTANCE="c")  # fmt: skip
     upstream.scripts["acme/one"] = error(500)
-    while "acme/one" not in open_on(third):
+    while "acme/one" not in open_circuits(third):
         third.chat()
     upstream.scripts["acme/one"] = hang
-    two.both(lambda one: "acme/one" in open_on(one), 2)
+    two.both(lambda one: "acme/one" in open_circuits(one), 2)
     wait_until_due(third)
     nginx = Nginx(tmp_path, two.a.port, site_for(two.a, third))
     upstream.requests.clear()
     threading.Thread(target=chat_until_killed, args=(third,), daemon=True).start()
     wait_until(lambda: "acme/one" in upstream.models_asked())
-    assert open_on(third)["acme/one"]["state"] == "half-open"
+    assert open_circuits(third)["acme/one"]["state"] == "half-open"
     upstream.scripts["acme/one"] = whole("I am back")
     stop, found = threading.Event(), []
 
@@ -930,7 +907,7 @@ def test_killing_one_under_load_fails_nothing_and_its_probe_goes_to_the_other(
         clients = [pool.submit(load) for _ in range(8)]
         wait_until(lambda: len(found) > 40)
         kill_all(third)
-        two.both(lambda one: open_on(one) == {}, 8)
+        two.both(lambda one: open_circuits(one) == {}, 8)
         two.both(lambda one: cluster_of(one)["instances"] == ["a", "b"], 8)
         stop.set()
         for client in clients:

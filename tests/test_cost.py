@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import LocalClient, settings_for, small_routes
+from conftest import LocalClient, small_routes
 from load import agent_body, small_body, talk_body
 from upstream import Upstream, stream
-
-import router as module
 
 
 def calls_of(work: Callable[[], Any]) -> int:
@@ -60,18 +57,18 @@ def test_calls_grow_no_faster_than_the_body(client):
     assert hundred - ten <= 90 * 20  # 14 for each message of 1 KB
 
 
-@pytest.mark.parametrize("many", ["categories", "keywords"])
-def test_categories_and_keywords_cost_nothing(tmp_path, upstream: Upstream, client, many):
-    routes = small_routes(upstream.url)
-    for n in range(200 if many == "categories" else 1):
-        words = [f"zz{n}x{i}" for i in range(3 if many == "categories" else 10_000)]
-        routes["categories"][f"own-{n}"] = {"models": ["acme/one"], "keywords": words}
-    path = tmp_path / "many.json"
-    path.write_text(json.dumps(routes))
-    larger = LocalClient(module.create_app(settings_for(path)))
+@pytest.mark.parametrize(("many", "words"), [(200, 3), (1, 10_000)])
+def test_categories_and_keywords_cost_nothing(build, upstream: Upstream, client, many, words):
+    categories = small_routes(upstream.url)["categories"]
+    for n in range(many):
+        own = [f"zz{n}x{i}" for i in range(words)]
+        categories[f"own-{n}"] = {"models": ["acme/one"], "keywords": own}
     body = small_body("router")
+    before = calls(client, body)
 
-    assert calls(larger, body) <= calls(client, body) + 450  # scores: two for each category
+    larger = build(categories=categories)
+
+    assert calls(larger, body) <= before + 450  # scores: two for each category
 
 
 def test_recent_requests_cost_nothing(client):

@@ -7,14 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, LocalClient, free_port, settings_for
-
-import router as module
+from conftest import ROOT, free_port
 
 
 @pytest.fixture
-def demo(routes):
-    return LocalClient(module.create_app(settings_for(routes, ROUTER_DEMO="1")))
+def demo(build):
+    return build(ROUTER_DEMO="1")
 
 
 def test_a_demo_answer_says_what_it_is_and_for_whom(demo):

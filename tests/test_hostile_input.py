@@ -5,17 +5,27 @@ from __future__ import annotations
 import json
 import socket
 import ssl
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
-from conftest import Service
+from helpers import (
+    CHAT,
+    CLOSED,
+    Reply,
+    connected,
+    failures,
+    in_flight,
+    read_reply,
+    user,
+    wait_until,
+)  # fmt: skip
+from service import Service
 
-CHAT = "/v1/chat/completions"
 JSON = "Content-Type: application/json"
 LOCAL = "Host: localhost"
+LAST = b"0\r\n\r\n"  # chunk
 FINE = b'{"model":"router","messages":[{"role":"user","content":"hello"}]}'
-CLOSED = 0  # no answer, only the end of the connection: where nobody can tell what was asked
 
 
 def head(line: str, *headers: str) -> bytes:
@@ -37,10 +47,6 @@ def post(body: bytes | str, *headers: str, path: str = CHAT, kind: str = JSON) -
 def chat(**members: object) -> bytes:
     """A chat body that is fine but for `members`."""
     return post(json.dumps({**json.loads(FINE), **members}))
-
-
-def said(**message: object) -> bytes:
-    return chat(messages=[message])
 
 
 def chunked(*pieces: bytes, headers: tuple[str, ...] = (JSON,), path: str = CHAT) -> bytes:
@@ -70,158 +76,90 @@ def client_hello() -> bytes:
     return sent.read()
 
 
+def family(make: Callable[[Any], bytes], status: int, **values: Any) -> dict[str, tuple]:
+    """Requests that differ in one value, by its name."""
+    return {name.replace("_", "-"): (make(value), status) for name, value in values.items()}
+
+
+def text(data: bytes) -> bytes:
+    return post(FINE.replace(b"hello", data))
+
+
 BODIES = {
-    "empty-body": (post(b""), 400),
     "no-length-at-all": (head(f"POST {CHAT} HTTP/1.1", LOCAL, JSON), 400),
-    "not-json": (post("hello"), 400),
-    "half-json": (post(FINE[:-3]), 400),
-    "two-values": (post(FINE + FINE), 400),
-    "trailing-comma": (post(FINE[:-1] + b",}"), 400),
-    "single-quotes": (post(FINE.replace(b'"', b"'")), 400),
-    "comment": (post(b"/* hi */" + FINE), 400),
-    "json-array": (post(b"[" + FINE + b"]"), 400),
-    "json-string": (post('"hello"'), 400),
-    "json-number": (post("42"), 400),
-    "json-null": (post("null"), 400),
-    "json-true": (post("true"), 400),
-    "blanks-only": (post(" \r\n\t "), 400),
-    "bad-utf-8": (post(FINE.replace(b"hello", b"\xff\xfe")), 400),
-    "overlong-utf-8": (post(FINE.replace(b"hello", b"\xc0\xaf")), 400),
-    "surrogate-as-utf-8": (post(FINE.replace(b"hello", b"\xed\xa0\x80")), 400),
-    "cut-utf-8": (post(FINE.replace(b"hello", b"\xe2\x82")), 400),
-    "latin-1": (post('{"messages":"é"}'.encode("latin-1")), 400),
-    "utf-16": (post(FINE.decode().encode("utf-16")), 400),
-    "utf-32": (post(FINE.decode().encode("utf-32")), 400),
-    "utf-8-with-bom": (post(b"\xef\xbb\xbf" + FINE), 400),
-    "nul-bytes": (post(b"\0" * 100), 400),
-    "nul-in-a-string": (post(FINE.replace(b"hello", b"a\0b")), 400),
-    "newline-in-a-string": (post(FINE.replace(b"hello", b"a\nb")), 400),
-    "bad-escape": (post(FINE.replace(b"hello", rb"\x41")), 400),
-    "cut-unicode-escape": (post(FINE.replace(b"hello", rb"\u12")), 400),
-    "binary": (post(bytes(range(256)) * 8), 400),
-    "depth-65": (post(nested(65)), 400),
-    "depth-5000": (post(nested(5_000)), 400),
-    "depth-never-closed": (post("[" * 100_000), 400),
-    "depth-of-objects-never-closed": (post('{"a":' * 100_000), 400),
-    "nan": (post(number("NaN")), 400),
-    "infinity": (post(number("Infinity")), 400),
-    "minus-infinity": (post(number("-Infinity")), 400),
-    "integer-of-5000-digits": (post(number("9" * 5000)), 400),
-    "hex-number": (post(number("0x10")), 400),
-    "leading-zero": (post(number("01")), 400),
-    "plus-sign": (post(number("+1")), 400),
-    "dot-alone": (post(number("1.")), 400),
-}
+    **family(post, 400, empty_body=b"", not_json="hello", half_json=FINE[:-3],
+             comment=b"/* hi */" + FINE, two_values=FINE + FINE,
+             trailing_comma=FINE[:-1] + b",}", binary=bytes(range(256)) * 8,
+             single_quotes=FINE.replace(b'"', b"'"), blanks_only=" \r\n\t ", nul_bytes=b"\0" * 100,
+             json_array=b"[" + FINE + b"]", json_string='"hello"', json_number="42",
+             json_null="null", json_true="true"),
+    **family(post, 400, latin_1='{"messages":"é"}'.encode("latin-1"),
+             utf_16=FINE.decode().encode("utf-16"), utf_32=FINE.decode().encode("utf-32"),
+             utf_8_with_bom=b"\xef\xbb\xbf" + FINE),
+    **family(text, 400, bad_utf_8=b"\xff\xfe", overlong_utf_8=b"\xc0\xaf", cut_utf_8=b"\xe2\x82",
+             surrogate_as_utf_8=b"\xed\xa0\x80", nul_in_a_string=b"a\0b",
+             newline_in_a_string=b"a\nb", bad_escape=rb"\x41", cut_unicode_escape=rb"\u12"),
+    **family(post, 400, depth_65=nested(65), depth_5000=nested(5_000),
+             depth_never_closed="[" * 100_000, depth_of_objects_never_closed='{"a":' * 100_000),
+    **family(lambda digits: post(number(digits)), 400, nan="NaN", infinity="Infinity",
+             minus_infinity="-Infinity", integer_of_5000_digits="9" * 5000, hex_number="0x10",
+             leading_zero="01", plus_sign="+1", dot_alone="1."),
+}  # fmt: skip
 
 TYPES = {
-    "empty-object": (post("{}"), 422),
-    "no-messages": (post('{"model":"router"}'), 422),
-    "messages-empty": (chat(messages=[]), 422),
-    "messages-null": (chat(messages=None), 422),
-    "messages-a-string": (chat(messages="hello"), 422),
-    "messages-an-object": (chat(messages={"role": "user"}), 422),
-    "messages-a-number": (chat(messages=1), 422),
-    "message-null": (chat(messages=[None]), 422),
-    "message-a-string": (chat(messages=["hello"]), 422),
-    "message-a-list": (chat(messages=[[]]), 422),
-    "message-empty": (said(), 422),
-    "role-missing": (said(content="x"), 422),
-    "role-null": (said(role=None, content="x"), 422),
-    "role-a-number": (said(role=1, content="x"), 422),
-    "role-a-list": (said(role=["user"], content="x"), 422),
-    "content-a-number": (said(role="user", content=1), 422),
-    "content-true": (said(role="user", content=True), 422),
-    "content-an-object": (said(role="user", content={"text": "x"}), 422),
-    "content-a-list-of-strings": (said(role="user", content=["x"]), 422),
-    "content-a-list-of-null": (said(role="user", content=[None]), 422),
-    "second-message-wrong": (chat(messages=[{"role": "user", "content": "x"}, 7]), 422),
-    "model-null": (chat(model=None), 422),
-    "model-a-number": (chat(model=7), 422),
-    "model-a-list": (chat(model=["router"]), 422),
-    "model-an-object": (chat(model={}), 422),
-    "model-of-no-category": (chat(model="router/../../etc/passwd"), 404),
-    "model-of-no-category-with-a-surrogate": (chat(model="router/\ud800"), 404),
-    "stream-a-string": (chat(stream="true"), 422),
-    "stream-a-number": (chat(stream=1), 422),
-    "stream-options-a-list": (chat(stream_options=[]), 422),
-    "include-usage-a-string": (chat(stream_options={"include_usage": "yes"}), 422),
-    "tools-an-object": (chat(tools={}), 422),
-    "tools-of-strings": (chat(tools=["bash"]), 422),
-    "tool-choice-a-number": (chat(tool_choice=1), 422),
-    "tool-choice-a-list": (chat(tool_choice=[]), 422),
-    "the-last-of-two-messages-counts": (post(FINE[:-1] + b',"messages":[]}'), 422),
-    "route-empty": (post("{}", path="/route"), 422),
-    "route-text-a-number": (post('{"text":1}', path="/route"), 422),
-    "route-text-null": (post('{"text":null}', path="/route"), 422),
-    "route-messages-wrong": (post('{"messages":[{}]}', path="/route"), 422),
-}
+    **family(post, 422, empty_object="{}", no_messages='{"model":"router"}',
+             the_last_of_two_messages_counts=FINE[:-1] + b',"messages":[]}'),
+    **family(lambda value: chat(messages=value), 422, messages_empty=[], messages_null=None,
+             messages_a_string="hello", messages_an_object={"role": "user"}, messages_a_number=1,
+             message_null=[None], message_a_string=["hello"], message_a_list=[[]],
+             message_empty=[{}], second_message_wrong=[user("x"), 7]),
+    "role-missing": (chat(messages=[{"content": "x"}]), 422),
+    **family(lambda role: chat(messages=[{"role": role, "content": "x"}]), 422,
+             role_null=None, role_a_number=1, role_a_list=["user"]),
+    **family(lambda content: chat(messages=[user(content)]), 422, content_a_number=1,
+             content_true=True, content_an_object={"text": "x"}, content_a_list_of_strings=["x"],
+             content_a_list_of_null=[None]),
+    **family(lambda model: chat(model=model), 422, model_null=None, model_a_number=7,
+             model_a_list=["router"], model_an_object={}),
+    **family(lambda model: chat(model=model), 404, model_of_no_category="router/../../etc/passwd",
+             model_of_no_category_with_a_surrogate="router/\ud800"),
+    **family(lambda value: chat(stream=value), 422, stream_a_string="true", stream_a_number=1),
+    **family(lambda value: chat(stream_options=value), 422, stream_options_a_list=[],
+             include_usage_a_string={"include_usage": "yes"}),
+    **family(lambda value: chat(tools=value), 422, tools_an_object={}, tools_of_strings=["bash"]),
+    **family(lambda value: chat(tool_choice=value), 422, tool_choice_a_number=1,
+             tool_choice_a_list=[]),
+    **family(lambda body: post(body, path="/route"), 422, route_empty="{}",
+             route_text_a_number='{"text":1}', route_text_null='{"text":null}',
+             route_messages_wrong='{"messages":[{}]}'),
+}  # fmt: skip
 
-CATEGORY = {"name": "creative", "models": ["acme/one"]}
-
-
-def category(path: str = "/config/category", **members: object) -> bytes:
-    body = {key: value for key, value in {**CATEGORY, **members}.items() if value is not ...}
-    return post(json.dumps(body), path=path)
-
-
+CATEGORY = json.dumps({"name": "creative", "models": ["acme/one"]})
+TEXT = "Content-Type: text/plain"
+RESET, MAPPING = "/circuit-breaker/reset", "/config/model-mapping"
 ADMIN = {
     "category-empty": (post("{}", path="/config/category"), 422),
-    "category-unknown-key": (category(base_url="http://evil.example"), 422),
-    "category-api-key": (category(api_key_env="HOME"), 422),
-    "category-named-router": (category(name="router"), 422),
-    "category-name-empty": (category(name=""), 422),
-    "category-name-climbs": (category(name="../x"), 422),
-    "category-name-with-newline": (category(name="abc\n"), 422),
-    "category-name-too-long": (category(name="a" * 65), 422),
-    "category-name-upper-case": (category(name="Creative"), 422),
-    "category-name-a-number": (category(name=1), 422),
-    "category-no-models": (category(models=...), 422),
-    "category-models-empty": (category(models=[]), 422),
-    "category-models-a-string": (category(models="acme/one"), 422),
-    "category-models-twice": (category(models=["acme/one", "acme/one"]), 422),
-    "category-33-models": (category(models=[f"a/{n}" for n in range(33)]), 422),
-    "category-model-with-blank": (category(models=["a b"]), 422),
-    "category-model-with-newline": (category(models=["a\n"]), 422),
-    "category-model-of-201": (category(models=["a" * 201]), 422),
-    "category-keyword-of-signs": (category(keywords=["***"]), 422),
-    "category-keyword-of-101": (category(keywords=["a" * 101]), 422),
-    "category-10001-keywords": (category(keywords=["a"] * 10_001), 422),
-    "category-keyword-a-lone-surrogate": (category(keywords=["a\ud800"]), 422),
-    "category-description-a-lone-surrogate": (category(description="\udfff"), 422),
-    "category-description-of-501": (category(description="x" * 501), 422),
-    "mapping-of-no-category": (
-        post('{"category":"nothing","models":["acme/one"]}', path="/config/model-mapping"),
-        404,
-    ),
-    "mapping-with-keywords": (
-        post('{"category":"code","models":["a/b"],"keywords":[]}', path="/config/model-mapping"),
-        422,
-    ),
+    "category-name-climbs":
+        (post('{"name":"../x","models":["a/b"]}', path="/config/category"), 422),
+    "mapping-of-no-category": (post('{"category":"no","models":["acme/one"]}', path=MAPPING), 404),
     "delete-climbs": (head("DELETE /config/category/../../etc HTTP/1.1", LOCAL), 404),
     "delete-a-built-in": (head("DELETE /config/category/code HTTP/1.1", LOCAL), 400),
     "delete-a-surrogate": (head("DELETE /config/category/%ED%A0%80 HTTP/1.1", LOCAL), 404),
     "delete-a-line-break": (head("DELETE /config/category/%0d%0aX:1 HTTP/1.1", LOCAL), 404),
-    "if-match-of-another-version": (
-        post(json.dumps(CATEGORY), 'If-Match: "nothing"', path="/config/category"),
-        412,
-    ),
-    "reset-of-no-model": (post("", path="/circuit-breaker/reset/no/such/model", kind=""), 404),
-    "reset-of-nul": (post("", path="/circuit-breaker/reset/%00", kind=""), 404),
-    "reset-with-a-form": (
-        post("a=b", path="/circuit-breaker/reset-all", kind="Content-Type: text/plain"),
-        415,
-    ),
-}
+    "if-match-of-another-version":
+        (post(CATEGORY, 'If-Match: "nothing"', path="/config/category"), 412),
+    "reset-of-no-model": (post("", path=f"{RESET}/no/such/model", kind=""), 404),
+    "reset-of-nul": (post("", path=f"{RESET}/%00", kind=""), 404),
+    "reset-with-a-form": (post("a=b", path=f"{RESET}-all", kind=TEXT), 415),
+}  # fmt: skip
 
 KINDS = {
     "form": (post("a=b", kind="Content-Type: application/x-www-form-urlencoded"), 415),
     "json-as-form": (post(FINE, kind="Content-Type: application/x-www-form-urlencoded"), 415),
-    "multipart": (
-        post(b"--x\r\n\r\n--x--", kind="Content-Type: multipart/form-data; boundary=x"),
-        415,
-    ),
+    "multipart":
+        (post(b"--x\r\n\r\n--x--", kind="Content-Type: multipart/form-data; boundary=x"), 415),
     "multipart-without-boundary": (post("x", kind="Content-Type: multipart/form-data"), 415),
-    "text-plain": (post(FINE, kind="Content-Type: text/plain"), 415),
+    "text-plain": (post(FINE, kind=TEXT), 415),
     "xml": (post("<a/>", kind="Content-Type: application/xml"), 415),
     "no-content-type": (post(FINE, kind=""), 415),
     "empty-content-type": (post(FINE, kind="Content-Type:"), 415),
@@ -230,22 +168,17 @@ KINDS = {
     "gzip": (post(b"\x1f\x8b\x08\0\0", "Content-Encoding: gzip"), 415),
     "deflate-that-is-none": (post(FINE, "Content-Encoding: deflate"), 415),
     "br-then-identity": (post(FINE, "Content-Encoding: br, identity"), 415),
-    "get-with-a-form": (
-        get("/health", "Content-Length: 3", "Content-Type: text/plain") + b"a=b",
-        415,
-    ),
-    "chunked-form": (chunked(b"0\r\n\r\n", headers=("Content-Type: text/plain",)), 415),
-}
+    "get-with-a-form": (get("/health", "Content-Length: 3", TEXT) + b"a=b", 415),
+    "chunked-form": (chunked(LAST, headers=(TEXT,)), 415),
+}  # fmt: skip
 
 SIZES = {
     "declared-17-mb": (post("", "X: y").replace(b"Length: 0", b"Length: 17825792"), 413),
     "declared-an-exabyte": (post("").replace(b"Length: 0", b"Length: 1152921504606846976"), 413),
-    "chunked-17-mb": (chunked(*[chunk(b" " * 1_048_576)] * 17, b"0\r\n\r\n"), 413),
-    "one-chunk-of-17-mb": (chunked(chunk(b" " * 17_825_792), b"0\r\n\r\n"), 413),
-    "category-17-mb": (
-        post("", path="/config/category").replace(b"Length: 0", b"Length: 17825792"),
-        413,
-    ),
+    "chunked-17-mb": (chunked(*[chunk(b" " * 1_048_576)] * 17, LAST), 413),
+    "one-chunk-of-17-mb": (chunked(chunk(b" " * 17_825_792), LAST), 413),
+    "category-17-mb":
+        (post("", path="/config/category").replace(b"Length: 0", b"Length: 17825792"), 413),
     "header-of-100-kb": (get("/health", "X-Long: " + "a" * 100_000), 431),
     "header-of-9-kb": (get("/health", "X-Long: " + "a" * 9_000), 431),
     "200-headers": (get("/health", *[f"X-{n}: 1" for n in range(200)]), 431),
@@ -255,81 +188,86 @@ SIZES = {
     "query-of-100-kb": (get("/health?" + "a" * 100_000), 414),
     "model-id-of-4-kb": (get("/v1/models/" + "a/" * 1_900), 404),
     "method-of-100-kb": (head("G" * 100_000 + " / HTTP/1.1", LOCAL), 414),
-}
+}  # fmt: skip
 
 FRAMES = {
     "two-lengths": (post(FINE, "Content-Length: 5"), 400),
     "two-equal-lengths": (post(FINE, f"Content-Length: {len(FINE)}"), 400),
-    "lengths-in-a-list": (post("").replace(b"Length: 0", b"Length: 5, 5"), 400),
-    "negative-length": (post("").replace(b"Length: 0", b"Length: -1"), 400),
-    "length-with-plus": (post("").replace(b"Length: 0", b"Length: +5"), 400),
-    "length-in-hex": (post("").replace(b"Length: 0", b"Length: 0x5"), 400),
-    "length-a-word": (post("").replace(b"Length: 0", b"Length: five"), 400),
-    "length-empty": (post("").replace(b"Length: 0", b"Length: "), 400),
-    "length-in-arabic-digits": (post("").replace(b"Length: 0", "Length: ٥".encode()), 400),
-    "length-of-5000-digits": (post("").replace(b"Length: 0", b"Length: " + b"9" * 5000), 400),
-    "te-and-cl": (chunked(chunk(FINE), b"0\r\n\r\n", headers=(JSON, "Content-Length: 5")), 400),
+    **family(lambda length: post("").replace(b"Length: 0", f"Length: {length}".encode()), 400,
+             lengths_in_a_list="5, 5", negative_length=-1, length_with_plus="+5",
+             length_in_hex="0x5", length_a_word="five", length_empty="",
+             length_in_arabic_digits="٥", length_of_5000_digits="9" * 5000),
+    "te-and-cl": (chunked(chunk(FINE), LAST, headers=(JSON, "Content-Length: 5")), 400),
     "cl-and-te": (post(FINE, "Transfer-Encoding: chunked"), 400),
     "te-gzip": (post(b"", "Transfer-Encoding: gzip").replace(b"Content-Length: 0\r\n", b""), 400),
-    "te-gzip-chunked": (chunked(b"0\r\n\r\n").replace(b": chunked", b": gzip, chunked"), 400),
-    "te-chunked-gzip": (chunked(b"0\r\n\r\n").replace(b": chunked", b": chunked, gzip"), 400),
-    "te-twice-chunked": (chunked(b"0\r\n\r\n").replace(b": chunked", b": chunked, chunked"), 400),
-    "te-unknown": (chunked(b"0\r\n\r\n").replace(b": chunked", b": xchunked"), 400),
     "te-empty": (post(FINE, "Transfer-Encoding:"), 400),
-    "te-quoted": (chunked(b"0\r\n\r\n").replace(b": chunked", b': "chunked"'), 400),
-    "te-with-a-parameter": (chunked(b"0\r\n\r\n").replace(b": chunked", b": chunked;a=b"), 400),
-    "te-with-a-comma": (chunked(b"0\r\n\r\n").replace(b": chunked", b": ,chunked"), 400),
-    "te-with-a-hard-blank": (chunked(b"0\r\n\r\n").replace(b": chunked", b": chunked\xa0"), 400),
-    "te-with-a-vertical-tab": (chunked(b"0\r\n\r\n").replace(b": chunked", b": \x0bchunked"), 400),
-    "te-in-http-1.0": (chunked(b"0\r\n\r\n").replace(b"HTTP/1.1", b"HTTP/1.0"), 400),
-    "chunk-size-no-hex": (chunked(b"xyz\r\nabc\r\n0\r\n\r\n"), 400),
-    "chunk-size-negative": (chunked(b"-5\r\nhello\r\n0\r\n\r\n"), 400),
-    "chunk-size-with-0x": (chunked(b"0x5\r\nhello\r\n0\r\n\r\n"), 400),
-    "chunk-size-underscore": (chunked(b"1_0\r\nhello\r\n0\r\n\r\n"), 400),
-    "chunk-size-empty": (chunked(b"\r\nhello\r\n0\r\n\r\n"), 400),
-    "chunk-size-too-small": (chunked(b"3\r\nhello\r\n0\r\n\r\n"), 400),
-    "chunk-size-too-large": (chunked(b"7\r\nhello\r\n0\r\n\r\n"), 400),
+    **family(lambda coding: chunked(LAST).replace(b": chunked", b": " + coding), 400,
+             te_gzip_chunked=b"gzip, chunked", te_chunked_gzip=b"chunked, gzip",
+             te_twice_chunked=b"chunked, chunked", te_unknown=b"xchunked", te_quoted=b'"chunked"',
+             te_with_a_parameter=b"chunked;a=b", te_with_a_comma=b",chunked",
+             te_with_a_hard_blank=b"chunked\xa0", te_with_a_vertical_tab=b"\x0bchunked"),
+    "te-in-http-1.0": (chunked(LAST).replace(b"HTTP/1.1", b"HTTP/1.0"), 400),
+    **family(lambda size: chunked(size + b"\r\nhello\r\n" + LAST), 400, chunk_size_no_hex=b"xyz",
+             chunk_size_negative=b"-5", chunk_size_with_0x=b"0x5", chunk_size_underscore=b"1_0",
+             chunk_size_empty=b"", chunk_size_too_small=b"3", chunk_size_too_large=b"7",
+             chunk_extension_with_a_bare_newline=b"5;a\nb",
+             chunk_extension_of_100_kb=b"5;" + b"a" * 100_000),
     "chunk-without-line-end": (chunked(b"5\r\nhello0\r\n\r\n"), 400),
-    "chunk-extension-with-a-bare-newline": (chunked(b"5;a\nb\r\nhello\r\n0\r\n\r\n"), 400),
-    "chunk-extension-of-100-kb": (chunked(b"5;" + b"a" * 100_000 + b"\r\nhello\r\n"), 400),
     "trailer-without-colon": (chunked(chunk(FINE), b"0\r\nbad trailer\r\n\r\n"), 400),
     "trailer-with-nul": (chunked(chunk(FINE), b"0\r\nX: a\0b\r\n\r\n"), 400),
     "trailer-of-100-kb": (chunked(chunk(FINE), b"0\r\nX: " + b"a" * 100_000 + b"\r\n\r\n"), 400),
-    "chunked-bad-utf-8": (chunked(chunk(b'{"a":"\xff"}'), b"0\r\n\r\n"), 400),
-    "chunked-nothing": (chunked(b"0\r\n\r\n"), 400),
+    "chunked-bad-utf-8": (chunked(chunk(b'{"a":"\xff"}'), LAST), 400),
+    "chunked-nothing": (chunked(LAST), 400),
     "chunked-lies-to-the-admin": (chunked(b"zz\r\n", path="/config/category"), 400),
     "chunked-lies-to-the-dry-run": (chunked(b"zz\r\n", path="/route"), 400),
-}
+}  # fmt: skip
 
 LINES = {
     "no-host": (head("GET /health HTTP/1.1"), 403),
     "empty-host": (head("GET /health HTTP/1.1", "Host:"), 403),
     "two-hosts": (get("/health", "Host: evil.example"), 400),
-    "nul-in-a-header": (get("/health", "X: a\0b"), 400),
-    "nul-in-a-header-name": (get("/health", "X\0: a"), 400),
     "nul-in-the-path": (get("/hea\0lth"), 400),
-    "header-with-a-bare-cr": (get("/health", "X: a\rb"), 400),
     "header-folded": (get("/health", "X: a", " b"), 400),
     "header-folded-first": (head("GET /health HTTP/1.1", " Host: localhost"), 400),
-    "header-without-colon": (get("/health", "hello"), 400),
-    "header-without-name": (get("/health", ": hello"), 400),
-    "header-name-with-blank": (get("/health", "X : hello"), 400),
-    "header-name-not-ascii": (get("/health", "Xé: hello"), 400),
-    "header-name-with-brackets": (get("/health", "X(y): hello"), 400),
-    "version-9.9": (get("/health", version="HTTP/9.9"), 400),
-    "version-0.9": (get("/health", version="HTTP/0.9"), 400),
-    "version-2.0": (get("/health", version="HTTP/2.0"), 400),
+    **family(
+        lambda line: get("/health", line),
+        400,
+        nul_in_a_header="X: a\0b",
+        nul_in_a_header_name="X\0: a",
+        header_with_a_bare_cr="X: a\rb",
+        header_without_colon="hello",
+        header_without_name=": hello",
+        header_name_with_blank="X : hello",
+        header_name_not_ascii="Xé: hello",
+        header_name_with_brackets="X(y): hello",
+        control_in_a_header="X: \x01\x7f",
+    ),
     "version-missing": (b"GET /health\r\nHost: localhost\r\n\r\n", 400),
-    "version-in-lower-case": (get("/health", version="http/1.1"), 400),
-    "version-of-another-protocol": (get("/health", version="RTSP/1.0"), 400),
-    "version-with-many-digits": (get("/health", version="HTTP/1.11"), 400),
+    **family(
+        lambda version: get("/health", version=version),
+        400,
+        version_9_9="HTTP/9.9",
+        version_0_9="HTTP/0.9",
+        version_2_0="HTTP/2.0",
+        version_in_lower_case="http/1.1",
+        version_of_another_protocol="RTSP/1.0",
+        version_with_many_digits="HTTP/1.11",
+    ),
     "http-2-preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0", 400),
-    "method-in-lower-case": (head("get /health HTTP/1.1", LOCAL), 400),
-    "method-of-signs": (head("<script> /health HTTP/1.1", LOCAL), 400),
-    "method-empty": (head(" /health HTTP/1.1", LOCAL), 400),
-    "method-unknown": (head("BREW /health HTTP/1.1", LOCAL), 405),
-    "method-trace": (head("TRACE /health HTTP/1.1", LOCAL), 405),
-    "method-options": (head("OPTIONS /health HTTP/1.1", LOCAL), 405),
+    **family(
+        lambda method: head(f"{method} /health HTTP/1.1", LOCAL),
+        400,
+        method_in_lower_case="get",
+        method_of_signs="<script>",
+        method_empty="",
+    ),
+    **family(
+        lambda method: head(f"{method} /health HTTP/1.1", LOCAL),
+        405,
+        method_unknown="BREW",
+        method_trace="TRACE",
+        method_options="OPTIONS",
+    ),
     "method-options-star": (head("OPTIONS * HTTP/1.1", LOCAL), 404),
     "method-connect": (head("CONNECT evil.example:443 HTTP/1.1", LOCAL), 404),
     "method-get-on-chat": (get(CHAT), 405),
@@ -338,7 +276,6 @@ LINES = {
     "line-feeds-alone": (b"GET /health HTTP/1.1\nHost: localhost\n\n", 400),
     "tabs-for-blanks": (get("/health").replace(b"GET /health ", b"GET\t/health\t"), 400),
     "control-in-the-path": (get("/hea\x01lth"), 400),
-    "control-in-a-header": (get("/health", "X: \x01\x7f"), 400),
     "two-content-types": (post(FINE, "Content-Type: text/plain"), 400),
     "websocket": (get("/", "Upgrade: websocket", "Connection: Upgrade"), 400),
     "line-of-words": (b"hello there general\r\n\r\n", 400),
@@ -358,90 +295,55 @@ PATHS = {
     "absolute-form-of-a-metadata-service": (get("http://169.254.169.254/latest/meta-data"), 404),
     "absolute-form-of-a-half-ipv6": (get("http://[::1/health"), 400),
     "absolute-form-not-ascii": (get("http://\xbd/health"), 400),
-    "model-of-brackets": (get("/v1/models/http://x["), 404),
-    "brackets": (get("//["), 404),
-    "path-parameter": (get("/health;a=b"), 404),
-    "path-of-another-host": (get("//evil.example/"), 404),
-    "double-slash-before-a-closed-door": (
-        post("", "Via: x", path="//circuit-breaker/reset-all", kind=""),
-        403,
-    ),
-    "closed-door-spelled-otherwise": (
-        post("", "Via: x", path="/%63ircuit-breaker/reset-all", kind=""),
-        403,
-    ),
+    **family(get, 404, model_of_brackets="/v1/models/http://x[", brackets="//[",
+             path_parameter="/health;a=b", path_of_another_host="//evil.example/",
+             encoded_nul="/health%00", encoded_nul_in_a_model="/v1/models/%00",
+             encoded_bad_utf_8="/v1/models/%ff%fe", encoded_half_a_byte="/health%",
+             encoded_no_hex="/%zz", encoded_line_break="/v1/models/%0d%0aSet-Cookie:%20a=b",
+             climbing="/../../etc/passwd", climbing_from_models="/v1/models/../../../etc/passwd",
+             climbing_encoded="/%2e%2e/%2e%2e/etc/passwd",
+             climbing_with_backslashes="/..\\..\\etc\\passwd", climbing_to_the_source="/router.py",
+             climbing_to_the_routes="/routes.json", climbing_to_git="/.git/config",
+             climbing_to_env="/.env", template="/{{7*7}}", upper_case="/HEALTH",
+             log4j="/${jndi:ldap://evil.example/a}", fragment="/nothing#health"),
+    **family(get, 400, bytes_that_are_not_ascii="/v1/models/\xe9\xff", star="*", no_slash="health"),
+    "double-slash-before-a-closed-door":
+        (post("", "Via: x", path=f"/{RESET}-all", kind=""), 403),
+    "closed-door-spelled-otherwise":
+        (post("", "Via: x", path="/%63ircuit-breaker/reset-all", kind=""), 403),
     "double-slash-inside": (post(FINE, path="/v1//chat/completions"), 404),
     "slash-at-the-end": (post(FINE, path=CHAT + "/"), 404),
-    "encoded-nul": (get("/health%00"), 404),
-    "encoded-nul-in-a-model": (get("/v1/models/%00"), 404),
-    "encoded-bad-utf-8": (get("/v1/models/%ff%fe"), 404),
-    "encoded-half-a-byte": (get("/health%"), 404),
-    "encoded-no-hex": (get("/%zz"), 404),
-    "encoded-line-break": (get("/v1/models/%0d%0aSet-Cookie:%20a=b"), 404),
-    "bytes-that-are-not-ascii": (get("/v1/models/\xe9\xff"), 400),
-    "climbing": (get("/../../etc/passwd"), 404),
-    "climbing-from-models": (get("/v1/models/../../../etc/passwd"), 404),
-    "climbing-encoded": (get("/%2e%2e/%2e%2e/etc/passwd"), 404),
-    "climbing-with-backslashes": (get("/..\\..\\etc\\passwd"), 404),
-    "climbing-to-the-source": (get("/router.py"), 404),
-    "climbing-to-the-routes": (get("/routes.json"), 404),
-    "climbing-to-git": (get("/.git/config"), 404),
-    "climbing-to-env": (get("/.env"), 404),
-    "template": (get("/{{7*7}}"), 404),
-    "log4j": (get("/${jndi:ldap://evil.example/a}"), 404),
-    "upper-case": (get("/HEALTH"), 404),
-    "star": (get("*"), 400),
-    "fragment": (get("/nothing#health"), 404),
-    "no-slash": (get("health"), 400),
-}
+}  # fmt: skip
 
+HOSTS = {
+    "foreign": "evil.example", "that-begins-like-ours": "localhost.evil.example",
+    "with-a-user": "localhost@evil.example", "with-a-comma": "localhost, evil.example",
+    "with-a-path": "evil.example/localhost", "not-ascii": "\xe9vil", "with-a-dot": "localhost.",
+    "with-a-port-of-letters": "localhost:evil.example", "half-an-ipv6": "[::1",
+    "after-a-bracket": "[localhost]evil.example", "a-bare-integer": "2130706433",
+    "of-signs": "<script>",
+}  # fmt: skip
+ORIGINS = {
+    "foreign": "https://evil.example", "null": "null", "empty": "", "of-signs": "http://[::1",
+    "of-another-port": "http://localhost:1", "half-an-ipv6": "http://[evil", "no-scheme": "//",
+    "with-odd-letters": "http://evil\u00bd.example", "no-address": "http://[x]",
+}  # fmt: skip
 DOORS = {
-    "foreign-host": (head("GET /health HTTP/1.1", "Host: evil.example"), 403),
-    "foreign-host-that-begins-like-ours": (
-        head("GET /health HTTP/1.1", "Host: localhost.evil.example"),
-        403,
-    ),
-    "host-with-a-user": (head("GET /health HTTP/1.1", "Host: localhost@evil.example"), 403),
-    "host-with-a-comma": (head("GET /health HTTP/1.1", "Host: localhost, evil.example"), 403),
-    "host-with-a-path": (head("GET /health HTTP/1.1", "Host: evil.example/localhost"), 403),
-    "host-not-ascii": (head("GET /health HTTP/1.1", "Host: \xe9vil"), 403),
-    "host-with-a-port-of-letters": (
-        head("GET /health HTTP/1.1", "Host: localhost:evil.example"),
-        403,
-    ),
-    "host-after-a-bracket": (head("GET /health HTTP/1.1", "Host: [localhost]evil.example"), 403),
-    "host-with-a-dot": (head("GET /health HTTP/1.1", "Host: localhost."), 403),
-    "host-a-bare-integer": (head("GET /health HTTP/1.1", "Host: 2130706433"), 403),
-    "host-half-an-ipv6": (head("GET /health HTTP/1.1", "Host: [::1"), 403),
-    "host-of-signs": (head("GET /health HTTP/1.1", "Host: <script>"), 403),
-    "foreign-origin": (post(FINE, "Origin: https://evil.example"), 403),
-    "null-origin": (post(FINE, "Origin: null"), 403),
-    "origin-empty": (post(FINE, "Origin:"), 403),
-    "origin-of-another-port": (post(FINE, "Origin: http://localhost:1"), 403),
-    "origin-of-signs": (post(FINE, "Origin: http://[::1"), 403),
-    "origin-half-an-ipv6": (post(FINE, "Origin: http://[evil"), 403),
-    "origin-with-odd-letters": (post(FINE, "Origin: http://evil\u00bd.example"), 403),
-    "origin-no-address": (post(FINE, "Origin: http://[x]"), 403),
-    "cross-site": (post(FINE, "Sec-Fetch-Site: cross-site"), 403),
-    "same-site": (post(FINE, "Sec-Fetch-Site: same-site"), 403),
-    "sec-fetch-site-unknown": (post(FINE, "Sec-Fetch-Site: hello"), 403),
-    "foreign-page-resets-circuits": (
-        post("", "Origin: https://evil.example", path="/circuit-breaker/reset-all", kind=""),
-        403,
-    ),
-    "admin-behind-a-proxy": (
-        post(json.dumps(CATEGORY), "X-Forwarded-For: 127.0.0.1", path="/config/category"),
-        403,
-    ),
-    "admin-over-http-1.0": (
-        post(json.dumps(CATEGORY), path="/config/category").replace(b"HTTP/1.1", b"HTTP/1.0"),
-        403,
-    ),
-    "admin-under-an-address-not-ours": (
-        post("", path="/circuit-breaker/reset-all", kind="").replace(b"localhost", b"192.0.2.1"),
-        403,
-    ),
-}
+    **{f"host-{name}": (head("GET /health HTTP/1.1", f"Host: {host}"), 403)
+       for name, host in HOSTS.items()},
+    **{f"origin-{name}": (post(FINE, f"Origin: {origin}"), 403)
+       for name, origin in ORIGINS.items()},
+    **{f"site-{site}": (post(FINE, f"Sec-Fetch-Site: {site}"), 403)
+       for site in ("cross-site", "same-site", "hello")},
+    "foreign-page-resets-circuits":
+        (post("", "Origin: https://evil.example", path=f"{RESET}-all", kind=""), 403),
+    "admin-behind-a-proxy":
+        (post(CATEGORY, "X-Forwarded-For: 127.0.0.1", path="/config/category"), 403),
+    "admin-over-http-1.0":
+        (post(CATEGORY, path="/config/category").replace(b"HTTP/1.1", b"HTTP/1.0"), 403),
+    "admin-under-an-address-not-ours":
+        (post("", path=f"{RESET}-all", kind="").replace(b"localhost", b"192.0.2.1"), 403),
+}  # fmt: skip
 
 ENDS = {
     "nothing-at-all": (b"", {CLOSED}),
@@ -455,7 +357,7 @@ ENDS = {
     "chunks-never-end": (chunked(chunk(FINE)), {CLOSED, 400, 499}),
     "chunk-size-huge": (chunked(b"f" * 400 + b"\r\nhello\r\n"), {CLOSED, 400, 413, 499}),
     "chunk-size-cut-short": (chunked(b"4"), {CLOSED, 400, 499}),
-    "admin-body-cut-short": (category()[:-5], {CLOSED, 499}),
+    "admin-body-cut-short": (post(CATEGORY, path="/config/category")[:-5], {CLOSED, 499}),
     "dry-run-body-cut-short": (post('{"text":"a"}', path="/route")[:-5], {CLOSED, 499}),
     "expected-body-never-sent": (post(FINE, "Expect: 100-continue")[: -len(FINE)], {CLOSED, 499}),
     "tls-client-hello": (client_hello(), {CLOSED, 400}),
@@ -469,13 +371,13 @@ ODD = {
     "model-a-lone-surrogate": chat(model="\ud800"),
     "model-with-a-line-break": chat(model="a\r\nX-Injected: 1"),
     "model-of-5000": chat(model="é" * 5_000),
-    "content-a-lone-surrogate": said(role="user", content="hello \ud800"),
-    "content-of-nul": said(role="user", content="\0" * 1000),
-    "content-of-accents": said(role="user", content="\u0300" * 50_000),
-    "content-of-empty-parts": said(role="user", content=[{}, {"type": "text"}, {"text": [1]}]),
-    "content-of-odd-types": said(role="user", content=[{"type": {"a": []}, "text": 5}]),
-    "content-of-marks-never-closed": said(role="user", content="<system-reminder>" * 5_000),
-    "role-unknown": said(role="\ud800", content="x"),
+    "content-a-lone-surrogate": chat(messages=[user("hello \ud800")]),
+    "content-of-nul": chat(messages=[user("\0" * 1000)]),
+    "content-of-accents": chat(messages=[user("\u0300" * 50_000)]),
+    "content-of-empty-parts": chat(messages=[user([{}, {"type": "text"}, {"text": [1]}])]),
+    "content-of-odd-types": chat(messages=[user([{"type": {"a": []}, "text": 5}])]),
+    "content-of-marks-never-closed": chat(messages=[user("<system-reminder>" * 5_000)]),
+    "role-unknown": chat(messages=[{"role": "\ud800", "content": "x"}]),
     "tools-of-nothing": chat(tools=[{}] * 3_000),
     "tool-choice-of-nothing": chat(tool_choice={}),
     "number-of-4000-digits": post(number("9" * 4_000)),
@@ -491,6 +393,7 @@ ODD = {
     "http-2-upgrade": get("/health", "Upgrade: h2c", "Connection: Upgrade, HTTP2-Settings"),
     "scheme-headers-at-odds": get("/health", "X-Forwarded-Proto: https", "X-Forwarded-Ssl: off"),
     "script-name": get("/health", "SCRIPT_NAME: /x"),
+    "path-info": get("/health", "PATH_INFO: /x"),
     "length-with-underscore": post(FINE, "Content_Length: 5"),
     "charset-utf-16": post(FINE, kind="Content-Type: application/json; charset=utf-16"),
     "chunk-lies-nobody-reads": chunked(b"zz\r\n", path="/circuit-breaker/reset-all"),
@@ -506,30 +409,9 @@ def nothing_is_logged_as_a_bug(shared_service: Service) -> Iterator[None]:
     assert [line for line in lines if "internal_error" in line or "Traceback" in line] == []
 
 
-class Reply(NamedTuple):
-    """What came back; `status` is CLOSED when nothing did."""
-
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-
-def read_reply(file) -> Reply:
-    """The next answer of a connection; a 100 on the way to it is passed over."""
-    line = file.readline()
-    if not line:
-        return Reply(CLOSED, {}, b"")
-    pairs = (field.decode("latin-1").partition(":") for field in iter(file.readline, b"\r\n"))
-    headers = {name.lower(): value.strip() for name, _, value in pairs}
-    status = int(line.split(b" ")[1])
-    if status == 100:
-        return read_reply(file)
-    return Reply(status, headers, file.read(int(headers["content-length"])))
-
-
 def send(service: Service, data: bytes, *, leave: bool = False) -> list[Reply]:
     """The answers to `data`: the first, or all until the end when we `leave` after sending."""
-    with socket.create_connection(("127.0.0.1", service.port), timeout=5) as sock:
+    with connected(service) as sock:
         try:
             sock.sendall(data)
             if leave:
@@ -547,7 +429,7 @@ def send(service: Service, data: bytes, *, leave: bool = False) -> list[Reply]:
 
 
 def assert_envelope(reply: Reply) -> None:
-    error = json.loads(reply.body)["error"]
+    error = reply.json["error"]
 
     assert reply.headers["content-type"] == "application/json"
     assert set(error) == {"message", "type", "param", "code"}
@@ -555,11 +437,10 @@ def assert_envelope(reply: Reply) -> None:
 
 
 def assert_unharmed(service: Service) -> None:
-    """A usual chat is answered, and soon nothing is left in the air."""
-    in_flight = (service.get("/metrics").json()["in_flight"] for _ in range(200))
-
+    """A usual chat is answered, nobody is blamed, and soon nothing is left in the air."""
     assert service.chat().json()["choices"][0]["message"]["content"] == "Hello from upstream"
-    assert 0 in in_flight
+    assert failures(service) == {}
+    wait_until(lambda: in_flight(service) == 0)
 
 
 def cases(table: dict[str, tuple]) -> list:

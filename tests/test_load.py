@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import socket
 import threading
@@ -14,58 +13,27 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import Service, small_routes
-from upstream import (
-    DONE,
-    Peer,
-    Request,
-    Upstream,
-    chunk,
-    events,
-    hang,
-    pieces,
-    whole,
+from conftest import Service
+from helpers import (
+    WHOLE,
+    chat_bytes,
+    connected,
+    failures,
+    figures,
+    head_of,
+    in_flight,
+    peak_mib,
+    read_until,
+    user,
+    wait_until,
+    words_of,
+    worker_of,
 )  # fmt: skip
+from service import PATIENT
+from upstream import DONE, Upstream, chunk, events, hang, pieces
 
 HUGE = 300 << 20
 MIB = b"x" * (1 << 20)
-JSON_HEAD = b"Content-Type: application/json\r\n"
-
-
-def wait_until(is_so: Callable[[], Any], seconds: float = 5.0) -> None:
-    """Return as soon as `is_so()`; fail when it is not within `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline, f"not so within {seconds} s"
-        time.sleep(0.01)
-
-
-def patient_routes(url: str) -> dict[str, Any]:
-    routes = small_routes(url)
-    routes["timeouts_sec"] = {
-        "connect": 2, "first_token": 60, "idle": 60, "answer": 60, "total": 90,
-    }  # fmt: skip
-    return routes
-
-
-def words_of(data: bytes) -> str:
-    bodies = [json.loads(line[6:]) for line in data.split(b"\n") if line.startswith(b"data: {")]
-    return "".join(body["choices"][0]["delta"].get("content", "") for body in bodies)
-
-
-def in_flight(service: Service) -> int:
-    return int(service.get("/metrics").json()["in_flight"])
-
-
-def worker_of(service: Service) -> str:
-    children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children")
-    return children.read_text().split()[-1]
-
-
-def peak_kib(service: Service) -> int:
-    """The most memory gunicorn's worker ever held."""
-    status = Path(f"/proc/{worker_of(service)}/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0])
 
 
 def milliseconds(call: Callable[[], Any]) -> float:
@@ -78,25 +46,16 @@ def milliseconds(call: Callable[[], Any]) -> float:
 
 
 @pytest.fixture(scope="module")
-def shared_full(
-    shared_upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Service]:
+def shared_full(serve: Callable[..., Service]) -> Service:
     """A service with 24 threads, so 16 permits."""
-    folder = tmp_path_factory.mktemp("full")
-    service = Service(folder, patient_routes(shared_upstream.url), ROUTER_THREADS="24")
-    yield service
-    service.stop()
+    return serve(timeouts_sec=PATIENT, ROUTER_THREADS="24")
 
 
 @pytest.fixture
 def full(shared_full: Service, upstream: Upstream) -> Iterator[Service]:
     """That service with as many upstreams hung as it has permits."""
     upstream.default = hang
-    body = json.dumps({"messages": [{"role": "user", "content": "hello"}]}).encode()
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n" + JSON_HEAD
-    clients = [socket.create_connection(("127.0.0.1", shared_full.port)) for _ in range(16)]
-    for client in clients:
-        client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    clients = [connected(shared_full, chat_bytes()) for _ in range(16)]
     wait_until(lambda: len(upstream.requests) == 16)
     yield shared_full
     for client in clients:
@@ -136,29 +95,26 @@ def test_a_crowd_beyond_the_limit_is_refused_whole_and_health_still_answers(full
 
 
 def test_a_refused_request_is_counted_as_rejected_and_blames_nobody(full):
-    before = full.get("/metrics").json()
+    before = figures(full)["requests"]
 
     full.chat()
 
-    after = full.get("/metrics").json()
-    assert after["requests"]["rejected"] == before["requests"]["rejected"] + 1
-    assert after["requests"]["total"] == before["requests"]["total"]
-    assert after["circuit_breaker"]["failures"] == {}
+    after = figures(full)["requests"]
+    assert after["rejected"] == before["rejected"] + 1
+    assert after["total"] == before["total"]
+    assert failures(full) == {}
 
 
 def test_the_limit_is_taken_before_the_body_is_read(full):
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n" + JSON_HEAD
+    head = chat_bytes(messages=[user("x" * 1_000_000)]).partition(b"{")[0]
 
-    with socket.create_connection(("127.0.0.1", full.port), timeout=2) as client:
-        client.sendall(head + b"Content-Length: 1000000\r\n\r\n")
-        answer = client.recv(65536)
-
-    assert answer.startswith(b"HTTP/1.1 503")
+    with connected(full, head) as client:
+        assert client.recv(65536).startswith(b"HTTP/1.1 503")
 
 
 def test_a_connection_that_was_refused_serves_the_next_request(full):
     with requests.Session() as session:
-        body = {"messages": [{"role": "user", "content": "x" * 60_000}]}
+        body = {"messages": [user("x" * 60_000)]}
         first = session.post(full.base + "/v1/chat/completions", json=body, timeout=5)
 
         second = session.get(full.base + "/health", timeout=5)
@@ -170,19 +126,8 @@ def test_a_connection_that_was_refused_serves_the_next_request(full):
 
 
 @pytest.fixture(scope="module")
-def shared_large(
-    shared_upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Service]:
-    folder = tmp_path_factory.mktemp("large")
-    service = Service(folder, patient_routes(shared_upstream.url), ROUTER_THREADS="300")
-    yield service
-    service.stop()
-
-
-@pytest.fixture
-def large(shared_large: Service, upstream: Upstream) -> Service:
-    shared_large.post("/circuit-breaker/reset-all")
-    return shared_large
+def large(serve: Callable[..., Service]) -> Service:
+    return serve(timeouts_sec=PATIENT, ROUTER_THREADS="300")
 
 
 def test_two_hundred_and_fifty_six_streams_at_once_are_all_whole(large, upstream):
@@ -200,108 +145,43 @@ def test_two_hundred_and_fifty_six_streams_at_once_are_all_whole(large, upstream
 
 # --- slow readers, large bodies ------------------------------------------------------------------
 
-
-def test_a_client_that_reads_slowly_is_no_strike_and_gets_all(service, upstream):
-    big = chunk({"content": "y" * 500_000})
-    upstream.default = pieces([big] * 24 + events(["end"], usage=None))
-
-    with socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
-        client.connect(("127.0.0.1", service.port))
-        client.sendall(asking())
-        first = client.recv(1000)
-        time.sleep(1.8)  # more than idle and the watcher's tick: the slowness is what is tested
-        received = first + b"".join(iter(lambda: client.recv(1 << 20), b""))
-
-    assert received.endswith(DONE)
-    assert received.count(b"y" * 500_000) == 24
-    assert service.get("/metrics").json()["circuit_breaker"]["failures"] == {}
-
-
-def test_a_client_that_reads_a_comment_slowly_is_no_strike_either(service, upstream):
-    gate, word = threading.Event(), chunk({"content": "word "})
-    comment = b": " + b"z" * (7 << 20) + b"\n\n"
-    upstream.default = pieces([word, comment, gate.wait, 0.2, *events(["end"], usage=None)])
-
-    with socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
-        client.connect(("127.0.0.1", service.port))
-        client.sendall(asking())
-        client.recv(1000)
-        time.sleep(1.8)  # longer than idle: the slowness is what is tested
-        received = b"".join(iter(lambda: until_silent(client, gate), b""))
-
-    assert received.endswith(DONE)
-    assert service.get("/metrics").json()["circuit_breaker"]["failures"] == {}
-
-
-def until_silent(client: socket.socket, gate: threading.Event) -> bytes:
-    """What comes next; opens the gate when the comment has been read to its end."""
-    data = client.recv(1 << 20)
-    if data.endswith(b"z\n\n"):
-        gate.set()
-    return data
-
-
-def asking() -> bytes:
-    """A request for a stream, by a client that takes the end of the connection for its end."""
-    body = json.dumps({"stream": True, "messages": [{"role": "user", "content": "hello"}]}).encode()
-    head = b"POST /v1/chat/completions HTTP/1.0\r\nHost: localhost\r\n" + JSON_HEAD
-    return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
-
-
-def huge(head: bytes, start: bytes = b"") -> Any:
-    """An answer of 300 MiB; says `left` when the router stops reading."""
-
-    def script(peer: Peer, request: Request) -> str:
-        try:
-            peer.send(head + b"Content-Length: %d\r\n\r\n" % HUGE + start)
-            for _ in range(HUGE >> 20):
-                peer.send(MIB)
-        except OSError:
-            return "left"
-        return "all was read"
-
-    return script
+BIG, COMMENT = chunk({"content": "y" * 500_000}), b": " + b"z" * (7 << 20) + b"\n\n"
 
 
 @pytest.mark.parametrize(
-    ("head", "asked", "most_mib"),
-    [
-        (b"HTTP/1.1 200 OK\r\n" + JSON_HEAD, {}, 150),
-        (b"HTTP/1.1 200 OK\r\n" + JSON_HEAD, {"stream": True}, 150),
-        (b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n", {"stream": True}, 150),
-        (b"HTTP/1.1 503 No\r\n" + JSON_HEAD, {}, 20),
-        (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n" + JSON_HEAD, {}, 20),
-    ],
+    "parts", [[BIG] * 24, [chunk({"content": "word "}), COMMENT]], ids=["words", "a comment"]
 )
-def test_three_hundred_mebibytes_from_an_upstream_are_not_read(
-    large, upstream, head, asked, most_mib
-):
-    before = peak_kib(large)
-    upstream.scripts["acme/one"] = huge(head)
+def test_a_client_that_reads_slowly_is_no_strike_and_gets_all(service, upstream, parts):
+    gate, end = threading.Event(), events(["end"], usage=None)
+    upstream.default = pieces([*parts, gate.wait, 0.2, *end])
 
-    answer = large.chat(**asked)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        client.connect(("127.0.0.1", service.port))
+        client.sendall(chat_bytes(stream=True).replace(b"HTTP/1.1", b"HTTP/1.0"))
+        first = client.recv(1000)
+        time.sleep(1.6)  # more than idle and the watcher's tick: the slowness is what is tested
+        received = first + read_until(client, parts[-1][-1000:], len(b"".join(parts)) - 1000)
+        gate.set()
+        received += read_until(client, DONE)
 
-    assert answer.headers["X-Router-Model"] == "acme/two"
-    answer.close()
-    wait_until(lambda: upstream.left, 2)
-    assert peak_kib(large) - before < most_mib << 10
+    assert received.endswith(b"".join([*parts, *end]))
+    assert failures(service) == {}
 
 
 @pytest.mark.parametrize("chunked", [True, False])
 def test_three_hundred_mebibytes_from_a_client_are_413_and_not_kept(large, upstream, chunked):
-    before = peak_kib(large)
-    sized = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: %d" % HUGE
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    before = peak_mib(large)
+    sized = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {HUGE}"
+    head = head_of("POST", "/chat/completions", "Connection: close",
+                   "Content-Type: application/json", sized)  # fmt: skip
     part = b"%x\r\n%s\r\n" % (len(MIB), MIB) if chunked else MIB
 
-    with socket.create_connection(("127.0.0.1", large.port), timeout=10) as client:
-        client.sendall(head + JSON_HEAD + sized + b"\r\n\r\n")
+    with connected(large, head) as client:
         answer = send_until_answered(client, part, HUGE >> 20)
 
     assert answer.startswith(b"HTTP/1.1 413")
-    assert peak_kib(large) - before < 100 << 10
+    assert peak_mib(large) - before < 100
     assert upstream.requests == []
 
 
@@ -319,11 +199,9 @@ def send_until_answered(client: socket.socket, part: bytes, times: int) -> bytes
 
 
 @pytest.fixture
-def own(upstream: Upstream, tmp_path: Path) -> Iterator[Service]:
+def own(serve_once: Callable[..., Service]) -> Service:
     """A service of the test's own, to stop and reload."""
-    service = Service(tmp_path, patient_routes(upstream.url))
-    yield service
-    service.stop()
+    return serve_once(timeouts_sec=PATIENT)
 
 
 @pytest.fixture
@@ -344,7 +222,7 @@ def is_stopping(service: Service) -> bool:
     return False
 
 
-@pytest.mark.parametrize("headers", [None, {"X-Router-Stream": "whole"}])
+@pytest.mark.parametrize("headers", [None, WHOLE])
 def test_sigterm_lets_streams_end_whole(own, gate, upstream, headers):
     with ThreadPoolExecutor(8) as pool:
         asked = [
@@ -363,7 +241,6 @@ def test_sigterm_lets_streams_end_whole(own, gate, upstream, headers):
 
 
 def test_sighup_under_load_fails_no_request(own, upstream):
-    upstream.default = whole("Hello")
     over, results = threading.Event(), []
 
     def ask_all_the_time() -> None:
@@ -400,26 +277,3 @@ def test_sighup_lets_a_running_stream_end_whole(own, gate, upstream):
 
         assert meanwhile == 200
         assert words_of(asked.result(10)) == "a b"
-
-
-def test_a_slow_trickle_of_a_whole_answer_is_ended_by_its_limit(service, upstream):
-    head = b"HTTP/1.1 200 OK\r\n" + JSON_HEAD + b"Content-Length: 900\r\n\r\n"
-
-    def trickle(peer: Peer, request: Request) -> str:
-        try:
-            peer.send(head)
-            for _ in range(900):
-                peer.send(b" ")
-                time.sleep(0.02)
-        except OSError:
-            return "left"
-        return ""
-
-    upstream.scripts["acme/one"] = trickle
-    began = time.monotonic()
-
-    answer = service.chat()
-
-    assert answer.headers["X-Router-Model"] == "acme/two"
-    assert time.monotonic() - began < 2
-    wait_until(lambda: upstream.left, 1)

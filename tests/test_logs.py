@@ -6,11 +6,11 @@ import json
 import logging
 
 import pytest
-from conftest import KEY, LocalClient, settings_for
+from conftest import KEY
+from helpers import answer_to, head_of
 from upstream import error, plain, stream, whole
 
-import router as module
-from parts.logs import EventFormatter
+from metrics import EventFormatter
 
 
 def line_for(fields: dict, as_json: bool = False) -> str:
@@ -41,8 +41,8 @@ def test_json_has_the_same_fields():
 
 
 @pytest.mark.parametrize(("log_format", "first"), [("logfmt", "time="), ("json", "{")])
-def test_each_request_is_one_line(routes, capsys, log_format, first):
-    client = LocalClient(module.create_app(settings_for(routes, ROUTER_LOG_FORMAT=log_format)))
+def test_each_request_is_one_line(build, capsys, log_format, first):
+    client = build(ROUTER_LOG_FORMAT=log_format)
 
     client.chat("hello MARKER-PROMPT")
 
@@ -74,7 +74,7 @@ def test_no_prompt_and_no_answer_is_in_anything_a_service_wrote(service, upstrea
     service.chat("MARKER-PROMPT")
     service.chat("MARKER-PROMPT")
     service.post("/v1/chat/completions", {"messages": "MARKER-PROMPT", "stream": "MARKER-PROMPT"})
-    service.raw(b"POST /MARKER-PROMPT HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    answer_to(service, head_of("POST", "/MARKER-PROMPT"))
 
     figures = service.get("/metrics").text + service.get("/metrics?format=prometheus").text
     written = service.log.read_text() + figures

@@ -5,17 +5,15 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
 import pytest
 import requests
 import schemathesis
-from conftest import ROOT, LocalClient, Service, settings_for, small_routes
-from upstream import Upstream, error, plain
-
-import router as module
+from conftest import ROOT, Service
+from upstream import error, plain
 
 SPEC = json.loads((ROOT / "parts/openapi.json").read_text())
 SCHEMAS = SPEC["components"]["schemas"]
@@ -138,17 +136,11 @@ def fits(response: Any, path: str, method: str) -> bool:
 
 @pytest.mark.parametrize(
     ("script", "status"),
-    [
-        (error(500), 500),
-        (error(401, "bad key"), 500),
-        (plain(200, b"<html>", "text/html"), 500),
-        (error(429, Retry_After="60"), 429),
-        (error(400, "bad parameter"), 400),
-        (error(404, "nothing here"), 404),
-        (error(413, "too long"), 413),
-        (error(422, "bad parameter"), 422),
-    ],
-)
+    [(error(500), 500), (error(401, "bad key"), 500), (plain(200, b"<html>", "text/html"), 500),
+     (error(429, Retry_After="60"), 429), (error(400, "bad parameter"), 400),
+     (error(404, "nothing here"), 404), (error(413, "too long"), 413),
+     (error(422, "bad parameter"), 422)],
+)  # fmt: skip
 def test_all_is_as_described_when_upstreams_fail(client, upstream, script, status):
     upstream.default = script
 
@@ -171,9 +163,8 @@ def test_all_is_as_described_after_good_answers(client):
 
 
 @pytest.mark.parametrize(("path", "method"), GUARDED)
-def test_a_wanted_key_is_as_described(routes, path, method):
-    keys = {"ROUTER_API_KEY": "k" * 20, "ROUTER_ADMIN_TOKEN": "t" * 20}
-    client = LocalClient(module.create_app(settings_for(routes, **keys)))
+def test_a_wanted_key_is_as_described(build, path, method):
+    client = build(ROUTER_API_KEY="k" * 20, ROUTER_ADMIN_TOKEN="t" * 20)
 
     answer = client.open(method.upper(), path.replace("{name}", "one"))
 
@@ -181,8 +172,8 @@ def test_a_wanted_key_is_as_described(routes, path, method):
     assert fits(answer, path, method.upper())
 
 
-def test_a_missing_key_is_as_described(routes):
-    client = LocalClient(module.create_app(settings_for(routes, TEST_API_KEY="")))
+def test_a_missing_key_is_as_described(build):
+    client = build(TEST_API_KEY="")
 
     assert client.chat().status_code == 503
     assert fits(client.chat(), "/v1/chat/completions", "POST")
@@ -190,13 +181,14 @@ def test_a_missing_key_is_as_described(routes):
     assert fits(client.get("/health/ready"), "/health/ready", "GET")
 
 
-def test_a_bad_routes_file_is_as_described(client, app, routes):
+def test_a_bad_routes_file_is_as_described(client, routes):
     routes.write_text("{")
-    app.extensions["router"].store.table  # noqa: B018  looks at the file
     change = {"name": "creative", "models": ["acme/one"]}
 
-    assert client.post("/config/category", change).status_code == 409
-    assert fits(client.post("/config/category", change), "/config/category", "POST")
+    answer = client.post("/config/category", change)
+
+    assert answer.status_code == 409
+    assert fits(answer, "/config/category", "POST")
     assert fits(client.get("/health"), "/health", "GET")
 
 
@@ -212,13 +204,9 @@ def test_a_category_that_stays_is_as_described(client, name, status):
 
 
 @pytest.fixture(scope="module")
-def free_service(
-    shared_upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Service]:
+def free_service(serve: Callable[..., Service]) -> Service:
     """A service of our own: schemathesis fills its routes.json with categories."""
-    service = Service(tmp_path_factory.mktemp("openapi"), small_routes(shared_upstream.url))
-    yield service
-    service.stop()
+    return serve()
 
 
 @pytest.fixture(scope="module")

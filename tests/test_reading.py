@@ -9,20 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import router as module
-from parts.chat import fits, read_object
-from parts.jsontext import depth_of, scan_object
-
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
-    ),
-    max_leaves=12,
-)
+from chat import fits, read_object
+from routes_file import depth_of
 
 
 def chat_of(text: str) -> module.Chat:
@@ -31,19 +19,6 @@ def chat_of(text: str) -> module.Chat:
 
 def body_for(chat: module.Chat, model: str) -> str:
     return b"".join(chat.for_model(model)).decode()
-
-
-@given(st.dictionaries(st.text(max_size=5), JSON, max_size=5), st.sampled_from([None, 1]))
-def test_scan_object_reads_what_json_reads(value, indent):
-    text = json.dumps(value, indent=indent)
-
-    found, members, end = scan_object(text)
-
-    assert found == value
-    assert end == len(text)
-    assert {text[m.value : m.end] for m in members} == {
-        text[m.value : m.end] for m in members if json.loads(text[m.value : m.end]) == value[m.key]
-    }
 
 
 @pytest.mark.parametrize(
@@ -100,11 +75,15 @@ def test_a_prompt_is_too_long_only_when_it_surely_is(context, longer):
     assert (context is not None and chat.is_longer_than(context)) is longer
 
 
-def test_an_image_is_not_counted_as_text():
-    url = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 50_000}}
-    chat = chat_of(json.dumps({"messages": [{"role": "user", "content": [url]}]}))
+URL = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 50_000}}
+SOUND = {"type": "input_audio", "input_audio": {"data": "A" * 50_000}}
 
-    assert chat.wants_images
+
+@pytest.mark.parametrize("content", [[URL], [SOUND], "\u0436" * 700])
+def test_what_is_no_text_and_other_letters_do_not_count_as_more_than_they_are(content):
+    chat = chat_of(json.dumps({"messages": [{"role": "user", "content": content}]}))
+
+    assert chat.wants_images == (content == [URL])
     assert not chat.is_longer_than(100)
 
 

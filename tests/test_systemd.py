@@ -9,18 +9,17 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
 import requests
 from conftest import KEY, ROOT, free_port, small_routes
+from helpers import CHAT, connected, user, wait_until
 from upstream import Upstream
 
 UNIT = (ROOT / "deploy" / "llm-router.service").read_text()
 SAID = [line for line in UNIT.splitlines() if "=" in line and not line.startswith("#")]
-CHAT = {"model": "router", "messages": [{"role": "user", "content": "hello"}]}
+HELLO = {"model": "router", "messages": [user("hello")]}
 
 
 def value(name: str) -> str:
@@ -128,66 +127,43 @@ class Started:
 
 @pytest.fixture
 def started(tmp_path, upstream):
+    """It has said to systemd that it listens, and its worker has booted."""
     service = Started(tmp_path, upstream)
+    assert b"READY=1" in service.notify.recv(1000)
+    connected(service).close()
+    wait_until(lambda: "event=start" in service.log.read_text(), 15)
     yield service
     service.stop()
 
 
-def test_systemd_is_told_when_the_service_listens(started):
-    said = started.notify.recv(1000)
-
-    assert b"READY=1" in said
-    with socket.create_connection(("127.0.0.1", started.port), timeout=5):
-        pass
-
-
 def test_keys_from_files_open_the_doors_and_nothing_else_does(started, upstream):
-    started.notify.recv(1000)
-
     def ask(path: str, key: str, **more) -> int:
         headers = {"Authorization": f"Bearer {key}"}
         return requests.request(
             more.pop("method", "GET"), started.base + path, headers=headers, timeout=10, **more
         ).status_code
 
-    chat = {"method": "POST", "json": CHAT}
-    assert [ask("/v1/chat/completions", key, **chat) for key in ("", "k1")] == [401, 200]
+    chat = {"method": "POST", "json": HELLO}
+    assert [ask(CHAT, key, **chat) for key in ("", "k1")] == [401, 200]
     assert [ask("/config", key) for key in ("", "k1", "k2")] == [401, 200, 200]
     resets = [ask("/circuit-breaker/reset-all", key, method="POST") for key in ("k1", "k2")]
     assert resets == [401, 200]
     assert upstream.requests[-1].headers["authorization"] == f"Bearer {KEY}"
 
 
-def test_the_signal_of_execreload_fails_no_request_and_keeps_the_process(started, upstream):
-    started.notify.recv(1000)
+def test_the_signal_of_execreload_keeps_the_process_and_a_stop_ends_with_status_0(started):
     assert value("ExecReload") == "/bin/kill -HUP $MAINPID"
-    done, statuses = threading.Event(), []
+    statuses = []
 
-    def client() -> None:
-        while not done.wait(0.01):
-            headers = {"Authorization": "Bearer k1"}
-            url = started.base + "/v1/chat/completions"
-            statuses.append(requests.post(url, json=CHAT, headers=headers, timeout=10).status_code)
+    def has_asked_and_reloaded() -> bool:
+        headers = {"Authorization": "Bearer k1"}
+        answer = requests.post(started.base + CHAT, json=HELLO, headers=headers, timeout=10)
+        statuses.append(answer.status_code)
+        return "event=stop" in started.log.read_text()
 
-    thread = threading.Thread(target=client)
-    thread.start()
     started.process.send_signal(signal.SIGHUP)
-    deadline = time.monotonic() + 15
-    while "event=stop" not in started.log.read_text() and time.monotonic() < deadline:
-        done.wait(0.02)
-    done.set()
-    thread.join(20)
+    wait_until(has_asked_and_reloaded, 15)
 
-    assert "event=stop" in started.log.read_text()
     assert set(statuses) == {200}
     assert started.process.poll() is None
-
-
-def test_a_stop_ends_with_status_0(started):
-    started.notify.recv(1000)
-    deadline = time.monotonic() + 15
-    while "event=start" not in started.log.read_text() and time.monotonic() < deadline:
-        time.sleep(0.02)  # gunicorn says ready to systemd before its worker has booted
-    assert requests.get(started.base + "/health", timeout=10).status_code == 200
-
     assert started.stop() == 0

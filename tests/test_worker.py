@@ -4,34 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import os
 import runpy
-import select
 import socket
 import time
 import types
 import weakref
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from conftest import ROOT, Service, small_routes
+from conftest import ROOT, Clock
 from gunicorn.config import Config
 from gunicorn.http import RequestParser, wsgi
 from gunicorn.http.errors import InvalidHeader, InvalidHeaderName, ParseException
+from gunicorn.workers.gthread import TConn
+from helpers import (
+    HEALTH,
+    can_connect,
+    chat_bytes,
+    connected,
+    head_of,
+    pair_of_sockets,
+    user,
+    wait_until,
+    worker_of,
+)
 from hypothesis import given, settings
 
 from parts import worker
 
-HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
-
-
-def connected(service: Service) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", service.port), timeout=5)
+ADDRESSES = ("127.0.0.1", 1), ("127.0.0.1", 2)  # of a client and of its server
+CFG = Config()
+CFG.set("secure_scheme_headers", {})  # as in gunicorn.conf.py
+BASE = worker.base_environ(CFG)
 
 
 def answers(sock: socket.socket, many: int) -> bytes:
@@ -42,16 +50,14 @@ def answers(sock: socket.socket, many: int) -> bytes:
     return out
 
 
-def test_connections_without_a_request_hold_no_thread(tmp_path, upstream):
-    service = Service(tmp_path, small_routes(upstream.url), ROUTER_THREADS="9")
+def test_connections_without_a_request_hold_no_thread(serve_once):
+    service = serve_once(ROUTER_THREADS="9")
     idle = [connected(service) for _ in range(50)]
-    try:
-        assert service.chat().status_code == 200
-        [sock.sendall(HEALTH) for sock in idle]
-        assert all(answers(sock, 1).startswith(b"HTTP/1.1 200") for sock in idle)
-    finally:
-        [sock.close() for sock in idle]
-        service.stop()
+
+    assert service.chat().status_code == 200
+    [sock.sendall(HEALTH) for sock in idle]
+    assert all(answers(sock, 1).startswith(b"HTTP/1.1 200") for sock in idle)
+    [sock.close() for sock in idle]
 
 
 def test_a_connection_serves_one_request_after_the_other(service):
@@ -68,36 +74,37 @@ def test_requests_sent_ahead_are_all_answered(service):
         assert answers(sock, 3).count(b"HTTP/1.1 200 OK\r\n") == 3
 
 
-def test_a_thread_leaves_a_client_that_never_pauses_for_the_others(direct, monkeypatch):
+@pytest.fixture
+def conn() -> Iterator[tuple[TConn, socket.socket]]:
+    """A connection as gunicorn keeps it, and its client's end."""
+    with pair_of_sockets() as (here, there):
+        yield TConn(CFG, here, *ADDRESSES), there
+
+
+def test_a_thread_leaves_a_client_that_never_pauses_for_the_others(direct, conn, monkeypatch):
     served: list[Any] = []
     monkeypatch.setattr(worker, "has_more", lambda conn: True)
-    direct.handle = lambda conn: served.append(conn) or True
-    here, there = socket.socketpair()
-    conn = Idle(here, 0)
-    conn.parser = worker.Parser(Config(), conn, BASE)
-    direct.ready.register(here)
+    monkeypatch.setattr(direct, "handle", lambda conn: served.append(conn) or True)
+    direct.enqueue_req(conn[0])
+    direct.idle.clear()
 
-    direct.serve_one(conn)
+    direct.serve_one(conn[0])
 
     assert len(served) == worker.IN_A_ROW
-    assert list(direct.idle.values()) == [conn]
-    here.close()
-    there.close()
+    assert list(direct.idle.values()) == [conn[0]]
 
 
 @pytest.mark.parametrize("sent", [b"", HEALTH])
-def test_what_came_meanwhile_is_seen_without_waiting(sent):
-    here, there = socket.socketpair()
-    conn = Idle(here, 0)
-    conn.parser = worker.Parser(Config(), conn, BASE)
-    assert not worker.has_more(conn)
+def test_what_came_meanwhile_is_seen_without_waiting(direct, conn, sent):
+    here, there = conn
+    direct.enqueue_req(here)
+    assert not worker.has_more(here)
 
     there.sendall(sent)
     there.close()
 
-    assert worker.has_more(conn)
-    assert conn.parser.unreader.buf.getvalue() == sent
-    here.close()
+    assert worker.has_more(here)
+    assert here.parser.unreader.buf.getvalue() == sent
 
 
 def test_a_request_in_two_packets_is_one_request(service):
@@ -109,19 +116,16 @@ def test_a_request_in_two_packets_is_one_request(service):
 
 
 @pytest.mark.parametrize("pin", ["0", "1"])
-def test_all_threads_of_a_worker_that_serves_are_on_the_cpu_of_its_port(tmp_path, upstream, pin):
-    service = Service(tmp_path, small_routes(upstream.url), ROUTER_PIN_CPU=pin)
-    try:
-        assert service.chat().status_code == 200
-        master = service.process.pid
-        worker_pid = Path(f"/proc/{master}/task/{master}/children").read_text().split()[0]
-        threads = [int(task.name) for task in Path(f"/proc/{worker_pid}/task").iterdir()]
-        cpus = sorted(os.sched_getaffinity(0))
-        wanted = {cpus[service.port % len(cpus)]} if pin == "1" else set(cpus)
-        assert len(threads) > 64
-        assert [os.sched_getaffinity(thread) for thread in threads] == [wanted] * len(threads)
-    finally:
-        service.stop()
+def test_all_threads_of_a_worker_that_serves_are_on_the_cpu_of_its_port(serve_once, pin):
+    service = serve_once(ROUTER_PIN_CPU=pin)
+    cpus = sorted(os.sched_getaffinity(0))
+    wanted = {cpus[service.port % len(cpus)]} if pin == "1" else set(cpus)
+
+    assert service.chat().status_code == 200
+
+    threads = [int(name) for name in os.listdir(f"/proc/{worker_of(service)}/task")]
+    assert len(threads) > 64
+    assert [os.sched_getaffinity(thread) for thread in threads] == [wanted] * len(threads)
 
 
 def test_an_answer_comes_in_one_packet(service):
@@ -142,10 +146,9 @@ def test_a_head_request_gets_no_body(service):
     assert rest.startswith(b"HTTP/1.1 200")
 
 
-def test_a_stop_ends_idle_connections_and_is_quick(tmp_path, upstream):
-    service = Service(tmp_path, small_routes(upstream.url))
-    with connected(service) as sock:
-        sock.sendall(HEALTH)
+def test_a_stop_ends_idle_connections_and_is_quick(serve_once):
+    service = serve_once()
+    with connected(service, HEALTH) as sock:
         answers(sock, 1)
         began = time.monotonic()
 
@@ -155,22 +158,12 @@ def test_a_stop_ends_idle_connections_and_is_quick(tmp_path, upstream):
         assert time.monotonic() - began < 8
 
 
-def wait_until_it_refuses(port: int) -> None:
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return
-    raise AssertionError("it still listens")
-
-
-def test_a_request_on_an_idle_connection_of_a_stopping_worker_is_its_last(tmp_path, upstream):
-    service = Service(tmp_path, small_routes(upstream.url))
-    with connected(service) as sock:
-        sock.sendall(HEALTH)
+def test_a_request_on_an_idle_connection_of_a_stopping_worker_is_its_last(serve_once):
+    service = serve_once()
+    with connected(service, HEALTH) as sock:
         answers(sock, 1)
         service.process.terminate()
-        wait_until_it_refuses(service.port)
+        wait_until(lambda: not can_connect(service.port))
 
         sock.sendall(HEALTH)
 
@@ -178,69 +171,82 @@ def test_a_request_on_an_idle_connection_of_a_stopping_worker_is_its_last(tmp_pa
     assert service.stop() == 0
 
 
-ADDRESSES = ("127.0.0.1", 1), ("127.0.0.1", 2)  # of a client and of its server
+class App:
+    """What gunicorn loads: an application that is never asked, unless the test has one."""
+
+    def wsgi(self) -> Any:
+        return lambda environ, start: pytest.fail("asked")
 
 
-class Idle:
-    """A connection as gunicorn keeps it, with what the worker uses of it."""
+class Unstarted(worker.Direct):
+    """A worker with all that it makes for itself, which serves nobody by itself."""
 
-    def __init__(self, sock: socket.socket | None, timeout: float):
-        self.sock, self.timeout, self.closed = sock, timeout, False
-        self.client, self.server = ADDRESSES
+    def init_signals(self) -> None:
+        """The signals are those of the tests."""
 
-    def set_timeout(self) -> None:
-        self.timeout = time.monotonic() + 60
-
-    def close(self) -> None:
-        self.closed = True
+    def run(self) -> None:
+        """The tests do what its threads would do."""
 
 
 @pytest.fixture
-def direct() -> Iterator[Any]:
-    found: Any = worker.Direct.__new__(worker.Direct)
-    found.idle, found.alive, found.look_at = {}, True, 0.0
-    found.open, found._accepting, found.is_untidy = set(), True, False
-    found.ready = select.epoll()
+def direct(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[worker.Direct]:
+    """A worker whose time is the clock's."""
+    clock.now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", clock)
+    found = Unstarted(0, os.getppid(), [], App(), 30, CFG, worker.Silence())
+    found.init_process()
     yield found
     found.ready.close()
+    found.poller.close()
+    found.method_queue.close()
+    found.tmp.close()
+    found.tpool.shutdown()
+    [os.close(end) for end in found.PIPE]
 
 
-def test_only_connections_past_their_time_are_closed(direct):
-    old, new = Idle(None, time.monotonic() - 1), Idle(None, time.monotonic() + 60)
-    direct.idle, direct.open = {1: old, 2: new}, {old, new}
+def test_only_connections_past_their_time_are_closed(direct, clock):
+    with pair_of_sockets() as (first, _), pair_of_sockets() as (second, _):
+        direct.enqueue_req(TConn(CFG, first, *ADDRESSES))
+        clock += CFG.keepalive - 1
+        late = TConn(CFG, second, *ADDRESSES)
+        direct.enqueue_req(late)
+        clock += 1
+
+        direct.murder_keepalived()
+
+        assert first.fileno() == -1
+        assert (list(direct.idle.values()), direct.nr_conns) == ([late], 1)
+
+
+def test_idle_connections_are_looked_at_a_few_times_a_second_however_often_it_wakes(
+    direct, conn, clock
+):
+    direct.enqueue_req(conn[0])
+    direct.murder_keepalived()
+    conn[0].timeout = clock()
 
     direct.murder_keepalived()
+    assert conn[0].sock.fileno() != -1
 
-    assert (old.closed, new.closed) == (True, False)
-    assert (list(direct.idle), direct.nr_conns) == ([2], 1)
-
-
-def test_idle_connections_are_looked_at_a_few_times_a_second_however_often_it_wakes(direct):
+    clock += worker.LOOK_S
     direct.murder_keepalived()
-    old = Idle(None, time.monotonic() - 1)
-    direct.idle, direct.open = {1: old}, {old}
-
-    direct.murder_keepalived()
-    assert not old.closed
-
-    direct.look_at = 0.0
-    direct.murder_keepalived()
-    assert old.closed
+    assert conn[0].sock.fileno() == -1
 
 
-def test_once_all_is_idle_memory_is_given_back(direct, monkeypatch):
+def test_once_all_is_idle_memory_is_given_back(direct, conn, clock, monkeypatch):
     given: list[bool] = []
     monkeypatch.setattr(worker, "give_back_memory", lambda: given.append(True))
-    conn = Idle(None, time.monotonic() + 60)
-    direct.open, direct.is_untidy = {conn}, True  # it is being served
+    direct.enqueue_req(conn[0])
+    [(descriptor, served)] = direct.idle.items()
+    del direct.idle[descriptor]  # a thread has taken it
 
     direct.murder_keepalived()
     assert not given
 
-    direct.idle, direct.look_at = {1: conn}, 0.0
+    direct.park(served)
     for _ in range(2):
+        clock += worker.LOOK_S
         direct.murder_keepalived()
-        direct.look_at = 0.0
     assert given == [True]
 
 
@@ -257,23 +263,18 @@ def test_memory_is_given_back_with_all_that_only_knows_itself():
     assert gone() is None
 
 
-def test_past_the_most_connections_new_ones_wait_for_the_end_of_others(tmp_path, upstream):
+def test_past_the_most_connections_new_ones_wait_for_the_end_of_others(serve_once):
     more = {"GUNICORN_CMD_ARGS": "--worker-connections 20"}
-    service = Service(tmp_path, small_routes(upstream.url), ROUTER_THREADS="9", **more)
+    service = serve_once(ROUTER_THREADS="9", **more)
     first = [connected(service) for _ in range(25)]
-    try:
-        late = connected(service)
-        late.sendall(HEALTH)
-        late.settimeout(0.7)
+
+    with connected(service, HEALTH, timeout=0.5) as late:
         with pytest.raises(TimeoutError):
             late.recv(1)
         [sock.close() for sock in first]
 
         late.settimeout(5)
         assert answers(late, 1).startswith(b"HTTP/1.1 200")
-        late.close()
-    finally:
-        service.stop()
 
 
 def test_a_start_frees_what_it_has_made_from_garbage_collections():
@@ -289,14 +290,16 @@ def test_a_start_frees_what_it_has_made_from_garbage_collections():
     assert seldom > thresholds
 
 
-def test_a_worker_that_leaves_gives_idle_connections_two_seconds(direct):
-    conn = Idle(None, time.monotonic() + 60)
-    direct.idle, direct.alive, direct.open = {1: conn}, False, {conn}
+def test_a_worker_that_leaves_gives_idle_connections_two_seconds(direct, conn, clock):
+    direct.enqueue_req(conn[0])
+    direct.alive = False
 
     direct.murder_keepalived()
+    assert conn[0].sock.fileno() != -1
 
-    assert not conn.closed
-    assert conn.timeout <= time.monotonic() + worker.LINGER_S
+    clock += worker.LINGER_S
+    direct.murder_keepalived()
+    assert conn[0].sock.fileno() == -1
 
 
 def test_each_reading_of_the_settings_loads_the_worker_anew():
@@ -308,12 +311,10 @@ def test_each_reading_of_the_settings_loads_the_worker_anew():
 
 def test_a_body_of_known_length_is_read_in_full_however_it_comes(service, upstream):
     text = "é" * 100_000
-    body = json.dumps({"model": "router", "messages": [{"role": "user", "content": text}]}).encode()
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
-    head += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    sent = chat_bytes(messages=[user(text)])
     with connected(service) as sock:
-        for at in range(0, len(body), 50_000):
-            sock.sendall((head if at == 0 else b"") + body[at : at + 50_000])
+        for at in range(0, len(sent), 50_000):
+            sock.sendall(sent[at : at + 50_000])
 
         assert sock.recv(65536).startswith(b"HTTP/1.1 200")
         sock.sendall(HEALTH)  # nothing of the body is left on the connection
@@ -367,16 +368,12 @@ FOR_GUNICORN = {
 }
 
 
-BASE = worker.base_environ(Config())
-
-
 def parsers(data: bytes) -> tuple[Any, Any]:
     """(what reads a request from `data` as the worker does, the same as gunicorn does)."""
-    cfg = Config()
     found = []
     for make in (
-        lambda sock: worker.Parser(cfg, Idle(sock, 0), BASE),
-        lambda sock: RequestParser(cfg, sock, ("127.0.0.1", 1)),
+        lambda sock: worker.Parser(CFG, TConn(CFG, sock, *ADDRESSES), BASE),
+        lambda sock: RequestParser(CFG, sock, ADDRESSES[0]),
     ):
         here, there = socket.socketpair()
         there.sendall(data)
@@ -395,7 +392,7 @@ def read_as_gunicorn(data: bytes) -> None:
             return
         if isinstance(request, worker.Ordinary):
             same = next(theirs)
-            _, environ = wsgi.create(same, theirs.unreader.sock, *ADDRESSES, Config())
+            _, environ = wsgi.create(same, theirs.unreader.sock, *ADDRESSES, CFG)
             said = {key: value for key, value in request.environ.items() if key.isupper()}
             assert said == {key: value for key, value in environ.items() if key.isupper()}
             assert request.body.read() == same.body.read()
@@ -448,7 +445,7 @@ def test_whatever_a_head_holds_it_is_read_as_gunicorn_reads_it(head, at, cut, pu
 
 def started(headers: list[tuple[str, str]]) -> worker.Response:
     response = worker.Response(worker.Ordinary(dict(REQUEST_METHOD="GET", PATH_INFO="/"), 0, False),
-                               None, Config())  # fmt: skip
+                               None, CFG)  # fmt: skip
     response.start_response("200 OK", headers)
     return response
 
@@ -497,27 +494,25 @@ class Pieces:
 
 
 def test_a_bug_behind_the_head_ends_the_connection_without_a_second_answer(direct):
-    here, there = socket.socketpair()
     request = worker.Ordinary(dict(REQUEST_METHOD="GET", PATH_INFO="/"), 0, False)
-    response, pieces = worker.Response(request, here, Config()), Pieces()
+    pieces = Pieces()
     direct.wsgi = lambda environ, start: start("200 OK", []) and pieces
 
-    with pytest.raises(StopIteration):
-        direct.respond({}, response)
+    with pair_of_sockets() as (here, there):
+        with pytest.raises(StopIteration):
+            direct.respond({}, worker.Response(request, here, CFG))
+        here.close()
+        sent = there.recv(65536)
 
-    here.close()
-    sent = there.recv(65536)
-    there.close()
     assert sent.count(b"HTTP/1.1") == 1
     assert sent.endswith(b"\r\n5\r\npiece\r\n")
     assert pieces.closed
 
 
 def test_behind_a_broken_chunk_nothing_is_read_on_the_connection(service):
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
-    head += b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
-    with connected(service) as sock:
-        sock.sendall(head + b"ZZ\r\n")
+    head = head_of("POST", "/chat/completions", "Content-Type: application/json",
+                   "Transfer-Encoding: chunked")  # fmt: skip
+    with connected(service, head + b"ZZ\r\n") as sock:
         assert sock.recv(65536).startswith(b"HTTP/1.1 4")  # 499 with the oldest gunicorn
 
         with contextlib.suppress(OSError):
@@ -527,7 +522,7 @@ def test_behind_a_broken_chunk_nothing_is_read_on_the_connection(service):
 
 
 def test_a_worker_whose_master_died_leaves_as_if_it_was_told_to(direct):
-    direct.ppid, direct.log = -1, worker.Silence()
+    direct.ppid = -1
 
     assert not direct.is_parent_alive()
     assert not direct.alive

@@ -73,7 +73,7 @@ class Upstream:
     def __init__(self, context: ssl.SSLContext | None = None):
         self.context = context
         self.requests: list[Request] = []
-        self.left: list[float] = []  # when the router hung up on a script that waited for it
+        self.left: list[float] = []  # when the router hung up on a script that was not done
         self.scripts: dict[str, Script | list[Script]] = {}
         self.default: Script = whole("Hello from upstream")
         self.connections = 0
@@ -141,7 +141,10 @@ class Upstream:
         with self._lock:
             self.requests.append(request)
             script = self._script_for(request)
-        keep = script(peer, request)
+        try:
+            keep = script(peer, request)
+        except OSError:  # it was still sending
+            keep = "left"
         if keep == "left":
             self.left.append(time.monotonic())
         return keep is True
