@@ -61,7 +61,7 @@ def test_each_route_is_named(demo):
 
 
 def test_each_setting_is_named():
-    source = "".join(path.read_text() for path in (ROOT / "startup.py", ROOT / "gunicorn.conf.py"))
+    source = "".join(path.read_text() for path in ROOT.glob("*.py"))
     names = set(re.findall(r'"(ROUTER_[A-Z_]+)"', source))
 
     assert len(names) >= len(dataclasses.fields(module.Settings)) - 2
