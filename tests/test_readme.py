@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, Service
 
 import router as module
+from routes_file import load_table, routes_schema
 
 README = ROOT / "README.md"
 PAGES = {str(page.relative_to(ROOT)): page.read_text()
@@ -50,6 +51,14 @@ def test_the_printed_answer_is_the_demo_answer(demo):
 
     assert answer["choices"] == printed["choices"]
     assert answer["model"] == printed["model"]
+
+
+def test_the_printed_routes_file_is_one():
+    [printed] = re.findall(r'```json\n(\{\s+"routing_mode".*?)```', TEXT, re.S)
+
+    table = load_table(printed, routes_schema())
+
+    assert set(table.categories) == {"code", "conversation"}
 
 
 def test_each_route_is_named(demo):
