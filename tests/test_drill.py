@@ -1,4 +1,4 @@
-"""The failure drill ends as README promises, with every time shortened alike."""
+"""The failure drill ends as docs/failures.md promises, with every time shortened alike."""
 
 from __future__ import annotations
 
