@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from service import KEY, ROOT, Service, free_port, small_routes
 from upstream import Upstream
 
 import router as module
-from metrics import EventFormatter
+from parts.logs import EventFormatter
 
 hypothesis.settings.register_profile("same every time", derandomize=True, database=None)
 hypothesis.settings.load_profile("same every time")

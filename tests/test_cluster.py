@@ -27,7 +27,7 @@ from upstream import Upstream, error, hang, slow, whole
 
 import router as module
 from parts import cluster
-from parts import command as startup
+from parts import settings as startup
 from parts.errors import Refused
 
 pytestmark = pytest.mark.debian("redis")

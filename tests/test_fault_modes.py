@@ -43,7 +43,7 @@ from upstream import (
     whole,
 )  # fmt: skip
 
-from judge import VERDICTS
+from parts.judge import VERDICTS
 
 ONE, TWO = "acme/one", "acme/two"
 GOOD = "the right answer"

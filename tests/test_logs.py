@@ -10,7 +10,7 @@ from conftest import KEY
 from helpers import answer_to, head_of
 from upstream import error, plain, stream, whole
 
-from metrics import EventFormatter
+from parts.logs import EventFormatter
 
 
 def line_for(fields: dict, as_json: bool = False) -> str:

@@ -12,8 +12,8 @@ from helpers import figures
 from prometheus_client.parser import text_string_to_metric_families
 from upstream import chunk, error, pieces, stream, whole
 
-from metrics import Attempt, Metrics, Record, cost_of, token_counts
-from routes_file import Model, Upstream
+from parts.metrics import Attempt, Metrics, Record, cost_of, token_counts
+from parts.table import Model, Upstream
 
 UP = Upstream("u", "http://h")
 PRICED = Model("acme/one", UP, cost={"input": 1.0, "output": 2.0, "cached_input": 0.5})

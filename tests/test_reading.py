@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import router as module
-from chat import fits, read_object
-from routes_file import depth_of
+from parts.chat import fits, read_object
+from parts.jsontext import depth_of
 
 
 def chat_of(text: str) -> module.Chat:

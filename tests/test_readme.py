@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, Service
 
 import router as module
-from routes_file import load_table, routes_schema
+from parts.table import load_table
 
 README = ROOT / "README.md"
 PAGES = {str(page.relative_to(ROOT)): page.read_text()
@@ -56,7 +56,7 @@ def test_the_printed_answer_is_the_demo_answer(demo):
 def test_the_printed_routes_file_is_one():
     [printed] = re.findall(r'```json\n(\{\s+"routing_mode".*?)```', TEXT, re.S)
 
-    table = load_table(printed, routes_schema())
+    table = load_table(printed)
 
     assert set(table.categories) == {"code", "conversation"}
 

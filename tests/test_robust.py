@@ -15,7 +15,7 @@ from service import Service, small_routes
 from upstream import drop_at_once, error, plain, stream, whole
 
 import router as module
-from prompts import clean
+from parts.prompts import clean
 
 
 @pytest.mark.parametrize(

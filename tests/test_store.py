@@ -93,7 +93,7 @@ def on_disk(path: Path) -> dict[str, Any]:
 
 
 def with_os(monkeypatch: pytest.MonkeyPatch, **changed: Callable[..., Any]) -> None:
-    """Let routes_file, and it alone, see an `os` of which some functions are replaced."""
+    """Let the live file, and it alone, see an `os` of which some functions are replaced."""
     monkeypatch.setattr("parts.livefile.os", SimpleNamespace(**{**vars(os), **changed}))
 
 
@@ -355,7 +355,7 @@ def test_a_pasted_key_is_not_logged(store, path, log_text):
 
 def test_a_boot_with_a_bad_file_serves_the_last_good_one_until_it_is_mended(store, path, clock):
     path.write_text(BAD)
-    booted = Store(path, clock)
+    booted = Store(path, load_table, clock)
     before, error = words(booted), booted.error
 
     path.write_text(OTHER)
@@ -728,12 +728,15 @@ def test_fifty_kills_during_writes_corrupt_nothing_and_lose_nothing(path):
         assert stored in (last, last + 1)  # written, but killed before it could say so
 
     assert stored >= 10  # that many came through, however slow the machine
-    set_words(Store(path), "counter", "end")
+    set_words(Store(path, load_table), "counter", "end")
     assert sorted(os.listdir(path.parent)) == TIDY
 
 
 def test_eight_writers_and_twenty_hand_edits_lose_nothing_and_no_reader_sees_a_bad_file(path):
-    stores = [Store(path), Store(path)]  # as two processes have them during a reload
+    stores = [
+        Store(path, load_table),
+        Store(path, load_table),
+    ]  # as two processes have them during a reload
     done, bad, looks = threading.Event(), [], []
     start = threading.Barrier(10, timeout=10)
 
@@ -766,7 +769,7 @@ def test_eight_writers_and_twenty_hand_edits_lose_nothing_and_no_reader_sees_a_b
         done.set()
         reader.result(10)
 
-    table = Store(path).table
+    table = Store(path, load_table).table
     wanted = {f"w{who}-{n}" for who in range(8) for n in range(12)}
     assert results == [None] * 9
     assert wanted - set(table.categories["code"].keywords) == set()

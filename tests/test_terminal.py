@@ -15,7 +15,7 @@ from conftest import KEY, ROOT, settings_for, small_routes
 from service import plain_environ
 
 import router as module
-from routes_file import RoutesError
+from parts.errors import RoutesError
 
 SMALL = json.dumps(small_routes("http://127.0.0.1:1"), indent=2)
 Run = Callable[..., tuple[int, str, str]]

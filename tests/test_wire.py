@@ -31,7 +31,7 @@ from werkzeug.test import EnvironBuilder
 from parts import exchange as wire
 from parts.errors import Failure, Full
 from parts.events import EventReader, parse_event, read_batches, read_events
-from parts.exchange import Line, new_session
+from parts.exchange import Endpoint, new_session
 from parts.flights import Flight, Flights
 
 SMALL = b'{"model": "acme/one", "messages": []}'
@@ -167,7 +167,7 @@ def fly(flights: Flights, clock: Clock) -> Any:
 
     def made(client: Any = None) -> Flight:
         flight = Flight(client, clock)
-        flights.board(flight)
+        flights.acquire(flight)
         return flight
 
     return made
@@ -283,8 +283,8 @@ def test_few_threads_still_give_one_permit(clock):
 def test_a_landed_flight_gives_its_permit_back_once(flights, fly):
     first = fly()
 
-    flights.land(first)
-    flights.land(first)
+    flights.release(first)
+    flights.release(first)
     fly()
 
     assert len(flights) == 1
@@ -315,8 +315,8 @@ def test_one_flight_that_cannot_be_watched_does_not_keep_the_others_alive(flight
 
 
 @pytest.fixture
-def line(upstream: Upstream) -> Line:
-    return Line(new_session(4), upstream.url + "/chat/completions", {})
+def line(upstream: Upstream) -> Endpoint:
+    return Endpoint(new_session(4), upstream.url + "/chat/completions", {})
 
 
 @pytest.fixture
@@ -331,7 +331,7 @@ def url_of(listener: socket.socket, scheme: str = "http") -> str:
 
 def send_in_thread(url: str, flight: Flight, connect_s: float = 10.0) -> Future[Any]:
     pool = ThreadPoolExecutor(1)
-    found = pool.submit(Line(new_session(4), url, {}).send, [SMALL], flight, connect_s)
+    found = pool.submit(Endpoint(new_session(4), url, {}).send, [SMALL], flight, connect_s)
     pool.shutdown(wait=False)
     return found
 
@@ -472,7 +472,7 @@ def test_closing_an_answer_twice_books_it_once(client):
 
 
 @contextlib.contextmanager
-def answered(data: bytes) -> Iterator[wire.Answer]:
+def answered(data: bytes) -> Iterator[wire.Reply]:
     """The answer that these bytes are, its head read; then the upstream closes."""
     with pair_of_sockets() as (ours, theirs):
         theirs.sendall(data)
@@ -593,7 +593,7 @@ def test_a_proxy_of_the_environment_is_used(upstream, clock, monkeypatch, tmp_pa
     server = Upstream(context)
     proxy = Proxy(("127.0.0.1", int(server.url.rpartition(":")[2].partition("/")[0])))
     monkeypatch.setenv(f"{scheme}_proxy", proxy.url.replace("//", "//user:word@"))
-    line = Line(new_session(4), f"{scheme}://model.test/v1/chat/completions",
+    line = Endpoint(new_session(4), f"{scheme}://model.test/v1/chat/completions",
                 {"REQUESTS_CA_BUNDLE": str(tmp_path / "ca.pem")}, key="k")  # fmt: skip
     try:
         for _ in range(2):  # the second over the same connection
@@ -660,7 +660,7 @@ def test_bytes_behind_an_answer_close_its_connection(line, upstream, clock):
 
 
 def test_a_path_beyond_ascii_is_sent_percent_encoded(upstream, clock):
-    line = Line(new_session(4), upstream.url + "/é€/v1", {})
+    line = Endpoint(new_session(4), upstream.url + "/é€/v1", {})
 
     with contextlib.closing(line.send([SMALL], Flight(None, clock), 2)):
         assert upstream.requests[-1].path.endswith("/%C3%A9%E2%82%AC/v1")
