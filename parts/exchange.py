@@ -155,10 +155,13 @@ class Reply:
         out = self._unframed(b"") if self._rest else b""
         while not out and not self.ended and self.length != 0:
             try:
-                data = self.sock.recv(n)
+                out = self.take(self.sock.recv(n))
             except (OSError, ValueError) as e:
+                self.close()
                 raise Failure(self.flight.why or "cut", status=self.status_code) from e
-            out = self.take(data)
+            except Failure:
+                self.close()
+                raise
         if not out and self.flight.why:
             raise Failure(self.flight.why, status=self.status_code)
         if not out or self.ended or self.length == 0:
@@ -546,7 +549,7 @@ class Endpoint:
     def __init__(
         self, session: requests.Session, url: str, environ: Mapping[str, str], key: str = ""
     ):
-        self.url = url
+        self.url = requests.utils.requote_uri(url)
         self.key = key
         self.adapter = session.get_adapter(url)
         self.verify = ca_bundle(environ) or True

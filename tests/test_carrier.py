@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from helpers import wait_until
 
-from parts.carrier import Carried, Carrier, carried
+from parts.carrier import Carried, Carrier
 from parts.errors import Failure
 from parts.events import EventReader, shape_of
 
@@ -184,12 +184,40 @@ def test_a_bug_in_one_stream_ends_no_other(ends, other, take, same):
     assert done.result(5) is None
 
 
-def test_nothing_is_carried_but_from_one_plain_socket_to_another(ends):
-    rest: Any = (never, until_dot, ends.waits.append, True)
+def through(ends: Ends, take: Callable[[bytes], Any] = until_dot) -> Iterator[bytes]:
+    """The stream's bytes for a server that alone can write to its client."""
+    stream = Carried(ends.source, ends.sink, never, take, ends.waits.append, False)
+    return ends.carrier.through(stream, ends.client)
 
-    assert carried(ends.source, ends.sink, *rest) is not None
-    assert carried(ends.source, None, *rest) is None
-    assert carried(object(), ends.sink, *rest) is None
+
+def test_a_stream_can_be_read_from_the_other_end_of_its_sink(ends):
+    found = through(ends)
+    for said in (b"one ", b"two."):
+        ends.upstream.sendall(said)
+
+    assert b"".join(found) == b"one two."
+
+
+def test_whoever_stops_reading_a_stream_ends_it(ends):
+    found = through(ends)
+    ends.upstream.sendall(b"one ")
+    assert next(found) == b"one "
+
+    found.close()
+
+    ends.upstream.settimeout(5)
+    assert ends.source.fileno() >= 0  # it is its owner's to close
+
+
+def test_what_breaks_a_stream_is_told_to_its_reader_behind_what_came(ends):
+    found = through(ends)
+    ends.upstream.sendall(b"one ")
+    assert next(found) == b"one "
+
+    ends.upstream.close()
+
+    with pytest.raises(Failure, match="cut"):
+        list(found)
 
 
 # --- events like the one before ------------------------------------------------------------------

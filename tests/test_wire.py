@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import socket
 import ssl
 import threading
@@ -28,11 +27,10 @@ from helpers import (
 from upstream import Upstream, chunk, events, hang, pieces, raw, stream, whole
 from werkzeug.test import EnvironBuilder
 
-from parts import exchange as wire
 from parts.errors import Failure, Full
 from parts.events import EventReader, parse_event, read_batches, read_events
-from parts.exchange import Endpoint, new_session
-from parts.flights import Flight, Flights
+from parts.exchange import Endpoint, Reply, new_session, read_whole
+from parts.flights import _LEFT, Flight, Flights
 
 SMALL = b'{"model": "acme/one", "messages": []}'
 
@@ -247,7 +245,7 @@ def send_ahead(sock: socket.socket) -> None:
 def test_a_client_that_closes_or_half_closes_has_left(
     flights, fly, pair, does, why, has_rdhup, monkeypatch
 ):
-    monkeypatch.setattr(wire, "_LEFT", wire._LEFT if has_rdhup else 0)
+    monkeypatch.setattr("parts.flights._LEFT", _LEFT if has_rdhup else 0)
     flight = fly(pair[0])
 
     does(pair[1])
@@ -307,7 +305,7 @@ def test_one_flight_that_cannot_be_watched_does_not_keep_the_others_alive(flight
     pair[1].close()
 
     with contextlib.ExitStack() as at_end:
-        at_end.callback(flights.land, broken)
+        at_end.callback(flights.release, broken)
         wait_until(lambda: healthy.why == "client_left", 1.0)
 
 
@@ -344,11 +342,11 @@ def outcome_of(sent: Future[Any], seconds: float) -> str:
 
 def test_a_late_shutdown_does_not_fell_the_next_request_on_the_connection(line, upstream, clock):
     before, first, second = upstream.connections, Flight(None, clock), Flight(None, clock)
-    wire.read_whole(line.send([SMALL], first, 2), first)
+    read_whole(line.send([SMALL], first, 2))
     response = line.send([SMALL], second, 2)
 
     first.end("client_left")
-    answer = wire.read_whole(response, second)
+    answer = read_whole(response)
 
     assert b"Hello from upstream" in answer
     assert upstream.connections == before + 1
@@ -360,10 +358,10 @@ def test_a_connection_shut_down_while_it_was_read_is_not_used_again(line, clock)
 
     first.end("client_left")
     with pytest.raises(Failure, match="client_left"):
-        wire.read_whole(response, first)
+        read_whole(response)
     response.close()
 
-    assert b"Hello" in wire.read_whole(line.send([SMALL], second, 2), second)
+    assert b"Hello" in read_whole(line.send([SMALL], second, 2))
 
 
 @pytest.mark.parametrize("script", [stream(["a ", "b "]), whole("x"), pieces([*events(["a "])])])
@@ -372,7 +370,7 @@ def test_a_call_read_to_its_end_leaves_its_connection_for_the_next(line, upstrea
     before = upstream.connections
 
     for flight in (Flight(None, clock), Flight(None, clock)):
-        wire.read_whole(line.send([SMALL], flight, 2), flight)
+        read_whole(line.send([SMALL], flight, 2))
 
     assert upstream.connections == before + 1
 
@@ -383,7 +381,7 @@ def test_a_silent_upstream_is_left_with_the_flight_and_sees_it(line, upstream, c
     threading.Timer(0.05, flight.end, ["idle"]).start()
 
     with pytest.raises(Failure, match="idle"):
-        wire.read_whole(line.send([SMALL], flight, 2), flight)
+        read_whole(line.send([SMALL], flight, 2))
 
     wait_until(lambda: upstream.left, 1.0)
 
@@ -472,12 +470,12 @@ def test_closing_an_answer_twice_books_it_once(client):
 
 
 @contextlib.contextmanager
-def answered(data: bytes) -> Iterator[wire.Reply]:
+def answered(data: bytes) -> Iterator[Reply]:
     """The answer that these bytes are, its head read; then the upstream closes."""
     with pair_of_sockets() as (ours, theirs):
         theirs.sendall(data)
         theirs.shutdown(socket.SHUT_WR)
-        answer = wire.Reply(ours)
+        answer = Reply(ours, Flight(None, time.monotonic))
         answer.begin()
         yield answer
 
@@ -501,8 +499,11 @@ def test_a_head_is_read_in_all_its_forms():
 @pytest.mark.parametrize(
     ("head", "length", "will_close"),
     [
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked", None, False),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: -5", None, True),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked", None, True),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: CHUNKED", None, False),
+        (b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: keep-alive", None, True),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: identity\r\nContent-Length: 5", 5, False),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 0005", 5, False),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 5", 5, False),
         (b"HTTP/1.1 204 OK\r\nTransfer-Encoding: chunked", 0, False),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: Close", 5, True),
@@ -522,23 +523,29 @@ def test_how_an_answer_ends_is_told_by_its_head(head, length, will_close):
     [b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n",
      b"HTTP/1.1 200 OK\r\nX: " + b"y" * 70_000 + b"\r\n\r\n",
      b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
+     *(b"HTTP/1.1 200 OK\r\nContent-Length: " + length + b"\r\n\r\n"
+       for length in (b"-5", b"+5", b"5a", b"0x5", b"", b"5 5", b"9" * 16, b"\xb2")),
+     *(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: " + coding + b"\r\nContent-Length: 5\r\n\r\n"
+       for coding in (b"gzip, chunked", b"chunked, chunked", b"xchunked", b"gzip", b"")),
      b"HTTP/2 200 OK\r\n\r\n", b"HTTP/1.1 abc\r\n\r\n", b"ICY 200 OK\r\n\r\n", b""],
-    ids=["many", "long", "lengths", "version", "status", "protocol", "nothing"],
 )  # fmt: skip
 def test_a_head_that_is_none_is_refused(data):
-    with pytest.raises((http.client.HTTPException, OSError)), answered(data):
+    with pytest.raises((Failure, OSError)), answered(data):
         pass
 
 
 def test_head_and_body_leave_in_one_piece(line, clock, monkeypatch):
     sent = []
     sendmsg = socket.socket.sendmsg
-    monkeypatch.setattr(
-        socket.socket, "sendmsg", lambda sock, data: sent.append(data) or sendmsg(sock, data)
-    )
+
+    def note(sock, data, *more):
+        sent.append(data)
+        return sendmsg(sock, data, *more)
+
+    monkeypatch.setattr(socket.socket, "sendmsg", note)
 
     with contextlib.closing(line.send([SMALL], Flight(None, clock), 2)) as response:
-        wire.read_whole(response, Flight(None, clock))
+        read_whole(response)
 
     [mine] = [b"".join(data) for data in sent if data[-1] == SMALL]
     assert mine.startswith(b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:")
@@ -598,7 +605,7 @@ def test_a_proxy_of_the_environment_is_used(upstream, clock, monkeypatch, tmp_pa
     try:
         for _ in range(2):  # the second over the same connection
             with contextlib.closing(line.send([SMALL], Flight(None, clock), 5)) as response:
-                assert b"choices" in wire.read_whole(response, Flight(None, clock))
+                assert b"choices" in read_whole(response)
     finally:
         proxy.close()
         server.close()
@@ -635,7 +642,7 @@ def test_a_chunked_body_is_put_together_however_it_comes(size, trailer):
 )
 def test_a_chunked_body_that_breaks_off_or_lies_is_cut(body):
     with answered(CHUNKED + body) as answer:
-        with pytest.raises((http.client.HTTPException, ValueError)):
+        with pytest.raises(Failure, match="cut"):
             while answer.read1(65536):
                 pass
         assert not answer.is_whole
@@ -654,7 +661,7 @@ def test_bytes_behind_an_answer_close_its_connection(line, upstream, clock):
     before = upstream.connections
 
     for flight in (Flight(None, clock), Flight(None, clock)):
-        assert wire.read_whole(line.send([SMALL], flight, 2), flight) == b"{}"
+        assert read_whole(line.send([SMALL], flight, 2)) == b"{}"
 
     assert upstream.connections == before + 2
 
