@@ -231,7 +231,7 @@ ENDS: dict[str, tuple[Any, Any, int, str, str, int, list[str]]] = {
     "filtered": (FILTERED, GOOD, 400, "content_filter", "safety", 1, []),
     "moderated": (error(403, "flagged"), GOOD, 400, "content_filter", "flagged", 1, []),
     "moderated in a 200": (plain(200, REASONS), GOOD, 400, "content_filter", "x", 1, []),
-    "a refused key": (error(401, x_should_retry="true"), GOOD, 500, FAILED, "its key", 1, []),
+    "a refused key": (error(401, x_should_retry="true"), GOOD, 500, FAILED, "TEST_API_KEY is refused by local", 1, []),
     "no money": (error(402), error(402), 500, FAILED, "payment", 2, []),
     "forbidden": (error(403, "no"), error(403, "no"), 500, FAILED, "refused", 2, []),
     "down": (error(503), error(503), 500, FAILED, "failed", 2, [ONE, TWO]),

@@ -8,12 +8,11 @@ import pytest
 from conftest import ROOT
 
 FLOORS = (  # what stands on a floor knows what stands below, and nothing beside it
-    "addresses bootstrap demo errors jsontext logs prompts",
+    "addresses bootstrap demo errors jsontext logs prompts cluster",
     "chat flights livefile settings table worker",
     "access exchange metrics",
     "carrier events judge live",
-    "command",
-    "cluster",
+    "command relay",
 )
 FLOOR = {name: n for n, names in enumerate(FLOORS) for name in names.split()}
 PARTS = sorted(path.stem for path in ROOT.glob("parts/*.py") if path.stem != "__init__")

@@ -17,7 +17,7 @@ ROWS = {  # (goes on to the next model, counts as a strike): the outcomes
                    "not_an_answer rate_limited unknown_model",
     ("yes", False): "context_length unauthorized payment not_found client_error",
     ("once", False): "empty refused",
-    ("no", False): "content_filter total client_left internal_error",
+    ("no", False): "content_filter total shortage client_left internal_error",
 }  # fmt: skip
 
 

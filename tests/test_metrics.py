@@ -181,7 +181,7 @@ def test_latency_has_percentiles_beside_the_average(clock, table):
     metrics = Metrics(clock)
     for n in range(1, 101):
         attempt = Attempt(PRICED, "success", 200)
-        call = Record("id", "success", attempts=[attempt], answer=attempt, seconds=n / 1000)
+        call = Record("id", "success", attempts=[attempt], answered_by=attempt, seconds=n / 1000)
         metrics.record(call)
 
     shown = metrics.as_json(table)["models"]["acme/one"]
