@@ -66,25 +66,25 @@ from parts.access import (
     read_page,
 )  # fmt: skip
 from parts.carrier import Carrier
-from parts.chat import MOST_VALUES, Chat, fits, parse_object, read_object
+from parts.chat import MOST_VALUES, Chat, chat_of, fits
 from parts.command import main
 from parts.errors import Failure, RouterError, invalid, known_part, scrub
-from parts.exchange import MAX_ERROR, Endpoint, Pieces, Reply, new_session, read_whole
-from parts.flights import Flight, Flights
-from parts.jsontext import has_over, parse_loosely
+from parts.exchange import MAX_ERROR, Endpoint, Reply, new_session, read_whole
+from parts.flights import NEVER, Flight, Flights
+from parts.jsontext import Member, has_over, parse_loosely, parse_object
 from parts.judge import VERDICTS, check_head
 from parts.livefile import Store
 from parts.logs import log_rejections, log_to_stderr, now_text
 from parts.metrics import Attempt, Gauges, Metrics, Record, as_prometheus, breaker_figures
 from parts.prompts import (
+    HEAD,
     LOOK_BACK,
-    POINTERS,
-    SURE,
     Continuations,
     Hit,
     cap,
     is_order,
     parse_entry,
+    points_back,
     signals_of,
     tokens_of,
     user_texts,
@@ -128,10 +128,19 @@ def read_chat(data: bytes) -> Chat:
 
     The schema takes 2 ms for a long conversation, so it only words a refusal.
     """
-    chat = read_object(data)
+    chat = chat_of(data, *parse_body(data))
     if not fits(chat.body):
         check(chat.body, "ChatRequest")
+    chat.note_wishes()
     return chat
+
+
+def parse_body(data: bytes) -> tuple[str, dict[str, Any], list[Member]]:
+    """Text, value and members of the JSON object in `data`; 400 when it holds none."""
+    try:
+        return parse_object(data)
+    except ValueError as e:
+        raise RouterError(400, "invalid_json", str(e)) from None
 
 
 def check(body: Any, name: str) -> None:
@@ -428,7 +437,7 @@ class Keywords:
 
     def match(self, text: str) -> Choice:
         """The category `text` scores best for, by words and by structure."""
-        return self._remembered(cap(text))
+        return self._remembered(text if len(text) <= HEAD else cap(text))
 
     def _match(self, text: str) -> Choice:
         words = tokens_of(text)
@@ -456,12 +465,6 @@ def decide(scores: dict[str, float], hits: list[Hit]) -> Choice:
         for name, entry, weight in sorted(hits, key=lambda hit: -hit[2])
     )
     return Choice(ranked[0], (best - second) / (best + 1), best, matched)  # + 1: one hit is not all
-
-
-def points_back(text: str, choice: Choice) -> bool:
-    """Whether a short `text` hardly scores or speaks of what was said ("can you test it?")."""
-    words = tokens_of(text[:200])
-    return len(words) <= 7 and choice.score < (1 if POINTERS.isdisjoint(words) else SURE)
 
 
 SURE_MARGIN = 0.6  # hybrid: above this keywords are right 95 % of the time (bench/routing.py)
@@ -659,13 +662,13 @@ class Chooser:
         text = next(texts, "")
         if not text:
             return _decide(table, table.default_category, "default", "no text of the user")
-        choice = keywords.match(text)
         follows = continuations.covers(text)
+        choice = keywords.match(text)
         sure = table.mode == "keywords" or (table.mode == "hybrid" and choice.margin >= SURE_MARGIN)
         named = None if follows or sure else self._classifier.ask(table, text, flight)
         if named:
             return _decide(table, named, "ollama", f"{table.ollama['model']} said {named}")
-        if follows or points_back(text, choice):
+        if follows or points_back(text, choice.score):
             for earlier in texts:
                 before = keywords.match(earlier)
                 if before.category and not continuations.covers(earlier):
@@ -737,7 +740,7 @@ class Upstreams:
             return True
         return bool(self.key(upstream))
 
-    def open(self, model: Model, body: Pieces, flight: Flight, connect_s: float) -> Reply:
+    def open(self, model: Model, chat: Chat, flight: Flight, connect_s: float) -> Reply:
         """The reply of `model`, its head good and its body unread; or Failure, with it closed."""
         endpoint = self._endpoints.get(model.upstream)
         if endpoint is None:
@@ -748,12 +751,13 @@ class Upstreams:
             except SettingsError as e:  # a proxy, met by an upstream that an edit brought
                 raise Failure("shortage", str(e)) from e
             self._endpoints[model.upstream] = endpoint
-        reply = endpoint.send(body, flight, connect_s)
-        try:
-            check_head(reply)
-        except Failure:
-            reply.close()
-            raise
+        reply = endpoint.send(chat.for_model(model.id), flight, connect_s)
+        if reply.status_code != 200 or "content-encoding" in reply.headers:
+            try:
+                check_head(reply)
+            except Failure:
+                reply.close()
+                raise
         return reply
 
     def note(self, upstream: Upstream, outcome: str, now: float) -> None:
@@ -772,7 +776,7 @@ class Upstreams:
 
     def classify(self, url: str, body: bytes, flight: Flight, timeout_s: float) -> bytes:
         """Ollama's answer as bytes, for the classifier; ClassifierError after `timeout_s`."""
-        flight.limit("classify", flight.clock() + timeout_s)
+        flight.due = flight.clock() + timeout_s, "classify"
         base = url.removesuffix("/api/chat")
         try:
             endpoint = Endpoint(self._session, url, self._settings.environ)
@@ -851,8 +855,9 @@ class Call(Record):
             if self.decision.ignored:
                 ignored = quote(self.decision.ignored, safe="/:", errors="replace")
                 headers["X-Router-Model-Ignored"] = ignored
-        if self.last:
-            headers["X-Router-Model"] = quote(self.last.model.id, safe="/:")
+        attempt = self.answered_by or (self.attempts and self.attempts[-1])
+        if attempt:
+            headers["X-Router-Model"] = quote(attempt.model.id, safe="/:")
         if self.answered_by and not self.stream:
             cost = self.answered_by.cost_usd
             headers["X-Router-Cost-Usd"] = "unknown" if cost is None else f"{cost:.8f}"
@@ -888,21 +893,22 @@ class Router:
 
     def begin(self, client: socket.socket | None) -> Call:
         """A call that has yet to get its permit (`Flights.acquire`); `finish` must end it."""
-        flight, now = Flight(client, self.clock), self.clock()
-        flight.limit("client_left", now + UPLOAD_S)
-        return Call(secrets.token_hex(8), flight=flight, table=self.table, started=now)
+        table, now = self.table, self.clock()
+        flight = Flight(client, self.clock, (now + UPLOAD_S, "client_left"))
+        return Call(secrets.token_hex(8), flight=flight, table=table, started=now)
 
     def choose(self, call: Call, chat: Chat) -> Decision:
         """Decide where `chat` goes; the dry run asks the same."""
         before = self.clock()
         call.chat, call.stream = chat, chat.stream
-        call.flight.limit("", math.inf)
+        call.flight.due = NEVER
         decision = call.decision = self.chooser.choose(chat, call.table, call.flight)
         call.category, call.mode, call.reason = decision[:3]
         call.whole = decision.whole
         call.deadline = call.started + decision.timeouts["total"]
         call.choose_s = self.clock() - before
-        chat.forget_messages()
+        # Parsed, messages and tools take thrice their text; nobody looks at them again.
+        chat.body = {k: v for k, v in chat.body.items() if k not in ("messages", "tools")}
         return decision
 
     def walk(self, call: Call, decision: Decision) -> Relay:
@@ -929,6 +935,7 @@ class Router:
                 return self._ask(call, decision, model, ticket, last)
             except Failure as failure:
                 failures.append(failure.bare())
+                call.flight.next_attempt()
                 queue = _still_worth_trying(queue, model, failures)
         return self._settle_for(call, failures)
 
@@ -942,7 +949,6 @@ class Router:
         flight, timeouts, usual = call.flight, {**decision.timeouts, **model.timeouts}, call.stream
         kind, more_s = ("first_token", len(call.chat.data) / 10_000) if usual else ("answer", 0.0)
         patience_s = math.inf if last and not ticket.probe else timeouts[kind] + min(30.0, more_s)
-        flight.next_attempt()
         while True:
             began = self.clock()
             attempt = Attempt(model, "internal_error", None)
@@ -951,9 +957,8 @@ class Router:
                 if flight.why:
                     raise Failure(flight.why)
                 call.attempts.append(attempt)
-                flight.limit_first((began + patience_s, kind), (call.deadline, "total"))
-                body = call.chat.for_model(model.id)
-                reply = self.upstreams.open(model, body, flight, timeouts["connect"])
+                flight.due = min((began + patience_s, kind), (call.deadline, "total"))
+                reply = self.upstreams.open(model, call.chat, flight, timeouts["connect"])
                 relay = Relay(
                     reply, flight, model.id, stream=call.stream, whole=call.whole,
                     keep_usage=call.chat.wants_usage, idle_s=timeouts["idle"],
@@ -963,7 +968,7 @@ class Router:
                 break
             except BaseException as e:
                 if relay:  # a bug of ours must not leave the connection open either
-                    relay.close()
+                    relay.reply.close()
                 if not isinstance(e, Failure):
                     raise
                 attempt.seconds = self.clock() - began
@@ -1140,8 +1145,10 @@ class Router:
 
     def _note_end(self, call: Call, relay: Relay, attempt: Attempt) -> None:
         """What became of the answer that was passed on; its usage is complete only now."""
-        relay.close()
-        attempt.price(relay.usage)
+        if relay.reply.conn:
+            relay.reply.close()
+        if relay.usage is not attempt.usage:
+            attempt.price(relay.usage)
         if call.outcome:
             return
         failure = relay.failure or (None if relay.ended else Failure("client_left"))
@@ -1295,10 +1302,12 @@ def proxy(owner: Router, request: flask.Request) -> ChatResponse:
 def dry_run() -> dict[str, Any]:
     """Where a request would go and why, through the same code; no upstream is called."""
     with watched_upload(router()) as call:
-        chat = read_object(read_body(flask.request))
+        data = read_body(flask.request)
+        chat = chat_of(data, *parse_body(data))
         check(chat.body, "RouteRequest")
         if "text" in chat.body:
             chat.body = {**chat.body, "messages": [{"role": "user", "content": chat.body["text"]}]}
+        chat.note_wishes()
         return explain(router(), call, chat)
 
 
@@ -1425,7 +1434,7 @@ def config() -> flask.Response:
 def set_category() -> dict[str, Any]:
     """Create or change a category; a mapping changes only the chain of one that exists."""
     with watched_upload(router(), counted=False):  # a full house must not keep an operator out
-        _, body, _ = parse_object(read_body(flask.request))
+        _, body, _ = parse_body(read_body(flask.request))
     check(body, "CategoryChange" if flask.request.path.endswith("category") else "MappingChange")
     name = body.get("name") or body["category"]
     table = changed(lambda table: table.with_category(name, body, must_exist="category" in body))
@@ -1572,7 +1581,7 @@ def explain_here(settings: Settings, text: str) -> dict[str, Any]:
     call = owner.begin(None)
     owner.flights.acquire(call.flight, counted=False)
     try:
-        return explain(owner, call, read_object(as_chat(text)))
+        return explain(owner, call, read_chat(as_chat(text)))
     finally:
         owner.flights.release(call.flight)
 

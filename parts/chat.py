@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from parts.errors import RouterError
-from parts.jsontext import Member, depth_of, scan_object
+from parts.jsontext import Member
 
 MOST_VALUES = 100_000  # a validator takes up to 50 µs for each
-MAX_DEPTH = 64  # real requests stay under 20; the C parser of json gives up near 1,000
 
 
 @dataclass(eq=False)
@@ -27,21 +25,16 @@ class Chat:
     data: bytes
     body: Mapping[str, Any]
     members: Sequence[Member]
+    stream: bool = False  # the client wants server-sent events
 
-    @property
-    def stream(self) -> bool:
-        """True when the client wants server-sent events."""
-        return bool(self.body.get("stream"))
-
-    @property
+    @cached_property
     def wants_usage(self) -> bool:
         """True when the client asked for the usage chunk of a stream itself."""
         return bool((self.body.get("stream_options") or {}).get("include_usage"))
 
-    def forget_messages(self) -> None:
-        """Forget messages and tools once a chain is chosen: parsed they take thrice their text."""
-        _ = self.wants_tools, self.wants_images  # which look at them
-        self.body = {k: v for k, v in self.body.items() if k not in ("messages", "tools")}
+    def note_wishes(self) -> None:
+        """Work out what is asked of a model, for when messages and tools are forgotten."""
+        _ = self.wants_tools, self.wants_images, self.wants_usage
 
     @cached_property
     def wants_tools(self) -> bool:
@@ -81,9 +74,8 @@ class Chat:
         return [*out, data[done:]]
 
 
-def read_object(data: bytes) -> Chat:
-    """A JSON object with the places of the members that `for_model` may replace, in bytes."""
-    text, body, members = parse_object(data)
+def chat_of(data: bytes, text: str, body: dict[str, Any], members: list[Member]) -> Chat:
+    """A chat request that was parsed, with the places of what `for_model` may replace, in bytes."""
     others = [m for m in members[1:] if m.key in ("model", "stream_options")]
     members = [*members[:1], *others]
     if not text.isascii():
@@ -91,27 +83,7 @@ def read_object(data: bytes) -> Chat:
             Member(m.key, *(len(text[:at].encode()) for at in (m.start, m.value, m.end)))
             for m in members
         ]
-    return Chat(data, body, members)
-
-
-def parse_object(data: bytes) -> tuple[str, dict[str, Any], list[Member]]:
-    """Text, value and member positions of a JSON object; 400 when it is not one, or too deep."""
-    try:
-        text = data.decode()
-        value, members, end = scan_object(text)
-        if text[end:].strip(" \t\r\n"):
-            raise json.JSONDecodeError("Extra data", text, end)
-        if depth_of(value) > MAX_DEPTH:
-            raise ValueError
-    except UnicodeDecodeError as e:
-        why = f"byte {e.start} is not UTF-8"
-    except json.JSONDecodeError as e:
-        why = f"line {e.lineno}, column {e.colno}: {e.msg}"
-    except (ValueError, RecursionError):  # NaN, integers of thousands of digits, depth
-        why = f"a number that JSON does not know, or nested over {MAX_DEPTH} deep"
-    else:
-        return text, value, members
-    raise RouterError(400, "invalid_json", f"the body is not a JSON object: {why}")
+    return Chat(data, body, members, bool(body.get("stream")))
 
 
 def fits(body: Mapping[str, Any]) -> bool:
@@ -127,7 +99,7 @@ def fits(body: Mapping[str, Any]) -> bool:
         and isinstance(options, dict | None)
         and isinstance((options or {}).get("include_usage"), bool | None)
         and isinstance(tools, list | None)
-        and all(isinstance(tool, dict) for tool in tools or ())
+        and {*map(type, tools or ())} <= {dict}
         and isinstance(body.get("tool_choice"), str | dict | None)
     )
 
@@ -137,5 +109,5 @@ def _is_message(message: Any) -> bool:
         return False
     content = message.get("content")
     if isinstance(content, list):
-        return all(isinstance(part, dict) for part in content)
+        return {*map(type, content)} <= {dict}
     return content is None or isinstance(content, str)

@@ -78,7 +78,7 @@ class Reply:
 
     def __init__(self, sock: socket.socket, flight: Flight, pool: Any = None, conn: Any = None):
         self.sock, self.flight = sock, flight
-        self._pool, self._conn = pool, conn  # while it may have to be closed or given back
+        self._pool, self.conn = pool, conn  # while it may have to be closed or given back
         self.status_code = 0
         self.headers: dict[str, str] = {}  # by name in lower case; several of a name in one
         self.length: int | None = None  # what is missing of a body whose length was told
@@ -178,7 +178,9 @@ class Reply:
                 raise Failure(self.flight.why or "cut", status=self.status_code)
             self.ended = True
             return b""
-        return self.one_chunk(data) or self._unframed(data)
+        if self.chunked:
+            return self.one_chunk(data) or self._unframed(data)
+        return self._unframed(data)
 
     def one_chunk(self, data: bytes) -> bytes:
         """The bytes in `data` when it is one whole chunk, as it nearly always is; else b""."""
@@ -229,7 +231,7 @@ class Reply:
 
     def close(self) -> None:
         """Give the connection back if it can be used again, else close it."""
-        conn, self._conn = self._conn, None
+        conn, self.conn = self.conn, None
         if conn is not None:
             if self.will_close or self._rest or not (self.ended or self.length == 0):
                 conn.close()

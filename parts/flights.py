@@ -23,6 +23,7 @@ from parts.logs import where_it_broke
 log = logging.getLogger("llm_router")
 
 TICK_S = 0.25  # how often the watcher looks at clients and deadlines
+NEVER = (math.inf, "")
 RESERVE = 8  # threads kept free of chats, so that /health and the admin routes always answer
 _LEFT = getattr(select, "POLLRDHUP", 0)  # Linux; elsewhere a read of zero bytes tells
 
@@ -30,25 +31,20 @@ _LEFT = getattr(select, "POLLRDHUP", 0)  # Linux; elsewhere a read of zero bytes
 class Flight:
     """One chat request in the air: its client, the upstream socket, and the next deadline."""
 
-    def __init__(self, client: socket.socket | None, clock: Callable[[], float]):
+    def __init__(self, client: socket.socket | None, clock: Callable[[], float],
+                 due: tuple[float, str] = NEVER):  # fmt: skip
         self.client = client
         self.clock = clock
         self.why: str | None = None  # what ended it, because a shutdown looks like a reset
         self.resent = False  # the upstream was asked before: only a fresh connection will do
-        self.due: tuple[float, str] = (math.inf, "")  # one value, so that the two always agree
+        # When the watcher ends the flight, and as what. Whoever serves it sets this, in one step,
+        # so that the two always agree.
+        self.due = due
         self.released = False
         self.counted = True
         self._lock = threading.Lock()  # guards the two below; held during a shutdown: no wait
         self._over: threading.Event | None = None  # made by the first wait
         self._sock: socket.socket | None = None
-
-    def limit(self, kind: str, at: float) -> None:
-        """From now on the watcher ends the flight as `kind` when the clock passes `at`."""
-        self.due = (at, kind)
-
-    def limit_first(self, *limits: tuple[float, str]) -> None:
-        """The same with whichever (time, kind) comes first."""
-        self.due = min(limits)
 
     def end(self, why: str, due: tuple[float, str] | None = None) -> None:
         """Shut the upstream socket down; its reader wakes up and finds `why`.
@@ -74,7 +70,7 @@ class Flight:
         `fresh`: it goes to the same upstream again, so no used connection will do.
         """
         with self._lock:
-            self.due, self.resent = (math.inf, ""), fresh
+            self.due, self.resent = NEVER, fresh
             if self.why not in (None, "client_left", "total"):
                 self.why = self._over = None
 

@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple, NoReturn
 
-_BLANK = re.compile(r"[ \t\n\r]*")
-
-
 LINE_WIDTH = 100
+_OPEN = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*(\})?")
+_COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
+_NEXT = re.compile(r"[ \t\n\r]*([,}])[ \t\n\r]*")
 
 
 class Member(NamedTuple):
@@ -28,23 +28,33 @@ def scan_object(text: str, at: int = 0) -> tuple[dict[str, Any], list[Member], i
     Raises ValueError like json.loads. Positions let a caller replace one member and leave every
     other byte as it is: big integers, floats, key order and layout survive.
     """
+    opened = _OPEN.match(text, at)
+    if not opened:
+        raise _expecting("'{'", text, at)
     values: dict[str, Any] = {}
     members: list[Member] = []
-    at = _skip(text, _expect(text, at, "{"))
-    while not (text.startswith("}", at) and not members):
-        start, at = at, _expect(text, at, '"')
-        key, at = json.decoder.scanstring(text, at, True)  # type: ignore[attr-defined]
-        value_at = _skip(text, _expect(text, at, ":"))
+    if opened[1]:
+        return values, members, opened.end(1)
+    at = opened.end()
+    while True:
+        if text[at : at + 1] != '"':
+            raise _expecting("'\"'", text, at)
+        start = at
+        key, at = json.decoder.scanstring(text, at + 1, True)  # type: ignore[attr-defined]
+        colon = _COLON.match(text, at)
+        if not colon:
+            raise _expecting("':'", text, at)
         try:
-            values[key], at = DECODER.scan_once(text, value_at)
+            values[key], at = DECODER.scan_once(text, colon.end())
         except StopIteration as e:
             raise json.JSONDecodeError("Expecting value", text, e.value) from None
-        members.append(Member(key, start, value_at, at))
-        at = _skip(text, at)
-        if text.startswith("}", at):
-            break
-        at = _skip(text, _expect(text, at, ","))
-    return values, members, at + 1
+        members.append(Member(key, start, colon.end(), at))
+        found = _NEXT.match(text, at)
+        if not found:
+            raise _expecting("','", text, at)
+        if found[1] == "}":
+            return values, members, found.end(1)
+        at = found.end()
 
 
 NESTS = (dict, list)  # json makes no others; looking at the type is three times as quick
@@ -54,21 +64,18 @@ def depth_of(value: Any) -> int:
     """How deep `value` is nested; looking stops at 100."""
     level, depth = [value], 0
     while level and depth < 100:
-        depth += 1
-        level = [v for node in level for v in values_of(node) if type(v) in NESTS]
+        depth, inner = depth + 1, []
+        for node in level:
+            for v in node.values() if type(node) is dict else node:
+                if type(v) in NESTS:
+                    inner.append(v)
+        level = inner
     return depth
 
 
-def _skip(text: str, at: int) -> int:
-    blank = _BLANK.match(text, at)
-    return blank.end() if blank else at
-
-
-def _expect(text: str, at: int, char: str) -> int:
-    at = _skip(text, at)
-    if text[at : at + 1] != char:
-        raise json.JSONDecodeError(f"Expecting {char!r}", text, at)
-    return at + 1
+def _expecting(what: str, text: str, at: int) -> json.JSONDecodeError:
+    blank = re.compile(r"[ \t\n\r]*").match(text, at)
+    return json.JSONDecodeError(f"Expecting {what}", text, blank.end() if blank else at)
 
 
 def refuse_constant(name: str) -> NoReturn:
@@ -179,3 +186,29 @@ BOMS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "
 def decode(data: bytes) -> str:
     """The text of a small file as editors and shells save it; UnicodeDecodeError."""
     return data.decode(next((name for bom, name in BOMS if data.startswith(bom)), "utf-8"))
+
+
+MAX_DEPTH = 64  # real requests stay under 20; the C parser of json gives up near 1,000
+
+
+def parse_object(data: bytes) -> tuple[str, dict[str, Any], list[Member]]:
+    """Text, value and member positions of a JSON object.
+
+    ValueError, with a sentence for the client, when it is not one, or too deep.
+    """
+    try:
+        text = data.decode()
+        value, members, end = scan_object(text)
+        if text[end:].strip(" \t\r\n"):
+            raise json.JSONDecodeError("Extra data", text, end)
+        if depth_of(value) > MAX_DEPTH:
+            raise ValueError
+    except UnicodeDecodeError as e:
+        why = f"byte {e.start} is not UTF-8"
+    except json.JSONDecodeError as e:
+        why = f"line {e.lineno}, column {e.colno}: {e.msg}"
+    except (ValueError, RecursionError):  # NaN, integers of thousands of digits, depth
+        why = f"a number that JSON does not know, or nested over {MAX_DEPTH} deep"
+    else:
+        return text, value, members
+    raise ValueError(f"the body is not a JSON object: {why}")

@@ -11,7 +11,6 @@ import time
 import traceback
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 log = logging.getLogger("llm_router")
 
@@ -38,27 +37,21 @@ class EventFormatter(logging.Formatter):
         }
         if self._as_json:
             return json.dumps(entry)
-        return " ".join([f"{k}={logfmt_value(v)}" for k, v in entry.items() if v not in SILENT])
-
-
-SILENT: tuple[Any, ...] = (None, "", [])  # values that tell nothing
+        said = []
+        for key, value in entry.items():
+            if value is None or value == "" or value == []:  # which tell nothing
+                continue
+            if isinstance(value, list):
+                value = ",".join([f"{item['model']}:{item['outcome']}" for item in value])
+            elif isinstance(value, bool):
+                value = "true" if value else "false"
+            text = str(value)
+            plain = isinstance(value, int | float) or PLAIN.fullmatch(text)
+            said.append(f"{key}={text if plain else _quoted(text)}")
+        return " ".join(said)
 
 
 PLAIN = re.compile(r"[!#-<>-~]*")  # printable ASCII without blank, quote and equals sign
-
-
-def logfmt_value(value: Any) -> str:
-    """One value; attempts as model:outcome, booleans as JSON has them."""
-    if isinstance(value, list):
-        value = ",".join([f"{item['model']}:{item['outcome']}" for item in value])
-    elif isinstance(value, bool):
-        return "true" if value else "false"
-    text = str(value)
-    if isinstance(value, int | float):
-        return text
-    return text if PLAIN.fullmatch(text) else _quoted(text)
-
-
 _quoted = lru_cache(maxsize=256)(json.dumps)  # reasons, most of them told before
 
 

@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from bisect import bisect_left
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,7 +87,7 @@ class Attempt:
     seconds: float = 0.0
     why: str = ""  # what came of it, for a person; not in figures
     usage: Mapping[str, Any] = field(default_factory=dict)
-    tokens: Mapping[str, int] = field(default_factory=lambda: NO_TOKENS)
+    tokens: Mapping[str, int] = field(default_factory=NO_TOKENS.copy)
     cost_usd: float | None = None
     cost_source: str = "unknown"
 
@@ -138,13 +138,15 @@ class Record:
 
     def summary(self) -> dict[str, Any]:
         """The request as /metrics and the log show it."""
-        last = self.last
+        last, tries = self.last, []
+        for attempt in self.attempts:
+            tries.append(attempt.summary())
         tokens = last.tokens if last else NO_TOKENS
         first_ms = None if self.first_token_s is None else round(self.first_token_s * 1000, 2)
         return {
             "id": self.id, "outcome": self.counted_as, "status": self.status,
             "category": self.category, "mode": self.mode, "reason": self.reason,
-            "model": last.model.id if last else None, "attempts": self.tries(),
+            "model": last.model.id if last else None, "attempts": tries,
             "stream": self.stream,
             "latency_ms": round(self.seconds * 1000, 2), "first_token_ms": first_ms,
             "choose_ms": round(self.choose_s * 1000, 3),
@@ -162,38 +164,38 @@ class Metrics:
         self._started = clock()
         self._lock = threading.Lock()  # guards everything below
         self._counts: Counter[Key] = Counter()
-        self._sums: dict[Key, float] = {}
+        self._sums: defaultdict[Key, float] = defaultdict(float)
         self._latencies: dict[str, deque[float]] = {}
         self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
-        self._day = ("", 0.0)
+        self._day = (0, 0.0)  # days since 1970, UTC, and USD spent in that one
 
     def record(self, call: Record) -> dict[str, Any]:
         """Book one request and return its summary. Only labels of the configuration become keys."""
-        entry = call.summary()
-        outcome, today = call.counted_as, _today()
+        entry, day = call.summary(), int(time.time()) // 86400
+        outcome, last = entry["outcome"], call.last
         with self._lock:
             self._counts["requests", outcome] += 1
             self._counts["route", call.category, call.mode, outcome] += 1
             if call.mode != "none":
                 self._observe("choose", call.mode, call.choose_s, FINE_BUCKETS_S)
             for attempt in call.attempts:
-                self._book_attempt(attempt, today)
-            if outcome == "success" and call.last:
-                self._book_success(call, call.last.model.id)
+                self._book_attempt(attempt, day)
+            if outcome == "success" and last:
+                self._book_success(call, last.model.id)
             if outcome in ("success", "failed"):
                 self._observe("duration", call.category, call.seconds, BUCKETS_S)
             self._recent.append({"time": now_text(), **entry})
         return entry
 
-    def _book_attempt(self, attempt: Attempt, today: str) -> None:
+    def _book_attempt(self, attempt: Attempt, day: int) -> None:
         id_ = attempt.model.id
         self._counts["attempt", id_, attempt.outcome] += 1
         for kind, n in attempt.tokens.items():
             self._counts["tokens", id_, kind] += n
         if attempt.cost_usd is not None:
-            self._add(("cost", id_), attempt.cost_usd)
-            spent = self._day[1] if self._day[0] == today else 0.0
-            self._day = (today, spent + attempt.cost_usd)
+            self._sums[("cost", id_)] += attempt.cost_usd
+            spent = self._day[1] if self._day[0] == day else 0.0
+            self._day = (day, spent + attempt.cost_usd)
         elif attempt.usage or attempt.outcome in ("success", "client_left"):
             self._counts["unpriced", id_] += 1
 
@@ -201,23 +203,20 @@ class Metrics:
         for key in (("category", call.category), ("mode", call.mode), ("model", id_)):
             self._counts[key] += 1
         self._latencies.setdefault(id_, deque(maxlen=SAMPLES)).append(call.seconds)
-        self._add(("latency", id_), call.seconds)
+        self._sums[("latency", id_)] += call.seconds
         if call.first_token_s is not None:
             self._observe("first_token", id_, call.first_token_s, BUCKETS_S)
 
     def _observe(self, name: str, label: str, seconds: float, buckets: tuple[float, ...]) -> None:
         at = bisect_left(buckets, seconds)
         self._counts[name, label, BUCKET_NAMES[buckets[at] if at < len(buckets) else math.inf]] += 1
-        self._add((name, label), seconds)
-
-    def _add(self, key: Key, amount: float) -> None:
-        self._sums[key] = self._sums.get(key, 0.0) + amount
+        self._sums[(name, label)] += seconds
 
     def spent_today_usd(self) -> float:
         """USD since midnight UTC, as far as prices are known."""
-        today = _today()
+        day = int(time.time()) // 86400
         with self._lock:
-            return self._day[1] if self._day[0] == today else 0.0
+            return self._day[1] if self._day[0] == day else 0.0
 
     def recent(self) -> list[dict[str, Any]]:
         """The last requests, newest first."""
@@ -337,10 +336,6 @@ def as_prometheus(accept: str, *collectors: Any) -> tuple[bytes, str]:
     except (TypeError, ValueError):  # a version that is none
         encoder, content_type = choose_encoder("")
     return encoder(registry), content_type
-
-
-def _today() -> str:
-    return now_text()[:10]
 
 
 def _tokens_in_all(counts: Mapping[Key, int]) -> dict[str, int]:

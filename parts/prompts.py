@@ -320,3 +320,9 @@ class Continuations:
             rest += not size and not words[at].isdigit() and words[at] not in FILLERS
             at += size or 1
         return rest <= min(opener, 2)  # "and tomorrow?", "et en Python ?", "now for 7 days"
+
+
+def points_back(text: str, score: float) -> bool:
+    """Whether a short `text` hardly scores or speaks of what was said ("can you test it?")."""
+    words = tokens_of(text[:200])
+    return len(words) <= 7 and score < (1 if POINTERS.isdisjoint(words) else SURE)

@@ -62,11 +62,11 @@ class Relay:
         self.done = False  # the end was read: [DONE], or a whole answer's last byte
         self.ended = False  # it was passed on to its end, good or bad
         self.held: list[bytes] = []
-        self._reply, self._flight, self._model = reply, flight, model
+        self.reply, self._flight, self._model = reply, flight, model
         self._stream, self._whole, self._keep_usage = stream, whole, keep_usage
         self._idle_s, self._client_s, self._deadline = idle_s, client_s, deadline
         self._idle_at = self._paused_at = 0.0
-        self._reader = EventReader()
+        self._reader: EventReader
         self._left: Sequence[Event] = ()  # of the batch in which the answer began
         self._arguments: dict[tuple[str, str], str] = {}  # of tool calls, in whole-answer mode
 
@@ -81,8 +81,8 @@ class Relay:
         """Read up to the commit; Failure while another model may still be tried."""
         if not self._stream:
             self._read_answer()
-        elif "application/json" in self._reply.headers.get("content-type", ""):
-            body = parse_loosely(read_whole(self._reply))
+        elif "application/json" in self.reply.headers.get("content-type", ""):
+            body = parse_loosely(read_whole(self.reply))
             told = isinstance(body, dict) and body.get("error")
             raise failure_from(200, body) if told else Failure("not_an_answer", "no stream", 200)
         else:
@@ -92,11 +92,14 @@ class Relay:
                 if not self.finish or self._flight.why == "client_left":
                     raise
             self._check_held()
-        self._flight.limit("client_left", self._flight.clock() + self._client_s)
+        self._flight.due = self._flight.clock() + self._client_s, "client_left"
 
     def _read_answer(self) -> None:
-        data = read_whole(self._reply)
-        body = parse_loosely(data)
+        data = read_whole(self.reply)
+        try:
+            body = json.loads(data)
+        except (ValueError, RecursionError):
+            body = None
         body = body if isinstance(body, dict) else {}
         self._note(body, "message")
         if not choices_of(body):
@@ -107,9 +110,9 @@ class Relay:
             raise Failure("empty", status=200)
 
     def _hold_until_begun(self) -> None:
-        size, ended = 0, False
+        self._reader, size, ended = EventReader(), 0, False
         while not ended:
-            data = self._reply.read1()
+            data = self.reply.read1()
             ended = not data
             batch = self._reader.feed(data) if data else self._reader.end()
             for n, event in enumerate(batch, 1):
@@ -122,7 +125,7 @@ class Relay:
                     return
                 if self.has_content and event.kind == "data":
                     idle_at = self._flight.clock() + self._idle_s
-                    self._flight.limit_first((idle_at, "idle"), (self._deadline, "total"))
+                    self._flight.due = min((idle_at, "idle"), (self._deadline, "total"))
 
     def _check_held(self) -> None:
         """Failure unless what is held may go to the client."""
@@ -191,7 +194,8 @@ class Relay:
         all bytes come out here. The last ones say how the answer ended.
         """
         try:
-            yield b"".join(self.held) + self._take_all(self._left)
+            more = b"" if self.done else self._take_all(self._left)
+            yield b"".join(self.held) + more
             if not self.done and not self.failure:
                 yield from self._go_on(carrier, client, chunked)
         except Failure as e:
@@ -204,7 +208,7 @@ class Relay:
     def _go_on(self, carrier: Carrier, client: socket.socket | None,
                chunked: bool) -> Iterator[bytes]:  # fmt: skip
         """What comes after the commit, through the carrier."""
-        if self._reply.is_whole:  # all has come: what is left is an event without its blank line
+        if self.reply.is_whole:  # all has come: what is left is an event without its blank line
             yield self._receive(b"", ended=True)[0]
             return
         self._more_came()
@@ -217,11 +221,11 @@ class Relay:
 
     def _carried(self, sink: socket.socket, chunked: bool) -> Carried:
         same = partial(self._same, chunked)
-        return Carried(self._reply.sock, sink, same, self._receive, self._wait_for, chunked)
+        return Carried(self.reply.sock, sink, same, self._receive, self._wait_for, chunked)
 
     def _same(self, framed: bool, data: bytes) -> bytes:
         """For the carrier: what to send when `data` only adds words, like the event before it."""
-        event = self._reply.one_chunk(data)
+        event = self.reply.one_chunk(data)
         if not event or not self._reader.is_more(event):
             return b""
         self._more_came()
@@ -229,8 +233,8 @@ class Relay:
 
     def _receive(self, data: bytes, ended: bool = False) -> tuple[bytes, bool]:
         """For the carrier: what to send when `data` has come, and whether that is the last."""
-        body = b"" if ended else self._reply.take(data)
-        ended = ended or self._reply.is_whole
+        body = b"" if ended else self.reply.take(data)
+        ended = ended or self.reply.is_whole
         batch = self._reader.feed(body) if body else []
         batch = batch + self._reader.end() if ended else batch
         if any([event.kind != "comment" for event in batch]):  # which only says alive
@@ -240,17 +244,17 @@ class Relay:
     def _more_came(self) -> None:
         """The next event may take `idle` again."""
         self._idle_at = self._flight.clock() + self._idle_s
-        self._flight.limit("idle", self._idle_at)
+        self._flight.due = self._idle_at, "idle"
 
     def _wait_for(self, whom: str) -> None:
         """While the client reads the upstream is not idle; a client that stops reading has left."""
         now = self._flight.clock()
         if whom == "client":
             self._paused_at = now
-            self._flight.limit("client_left", now + self._client_s)
+            self._flight.due = now + self._client_s, "client_left"
         else:
             self._idle_at += now - self._paused_at
-            self._flight.limit("idle", self._idle_at)
+            self._flight.due = self._idle_at, "idle"
 
     def _take_all(self, batch: Sequence[Event]) -> bytes:
         """What to pass on of events that came together, up to a Failure that one of them is."""
@@ -270,9 +274,9 @@ class Relay:
             self.failure, self.ended = None, True
             if not self.done:
                 yield DONE
-            self._flight.limit("drain", self._flight.clock() + DRAIN_S)
+            self._flight.due = self._flight.clock() + DRAIN_S, "drain"
             with contextlib.suppress(Failure):  # read to the end: the connection can be kept
-                while self._reply.read1():
+                while self.reply.read1():
                     pass
             return
         self.failure, self.ended = self.failure or Failure("cut", status=200), True
@@ -281,7 +285,3 @@ class Relay:
             text = f"{self._model} {says}; the answer is not complete"
             body = RouterError(502, "upstream_error", text).body()
             yield b"data: " + json.dumps(body).encode() + b"\n\n"
-
-    def close(self) -> None:
-        """Close the upstream answer; a connection that was not read to its end is closed too."""
-        self._reply.close()

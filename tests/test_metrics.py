@@ -89,7 +89,7 @@ def record(metrics: Metrics, rng: random.Random) -> tuple[str, int]:
     for attempt in attempts:
         attempt.price({"prompt_tokens": 1_000_000})
     call = Record("id", outcome, attempts=attempts, category="code", mode="keywords", seconds=0.5)
-    call.answer = attempts[0] if outcome == "success" else None
+    call.answered_by = attempts[0] if outcome == "success" else None
     metrics.record(call)
     return call.counted_as, len(attempts)
 

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import router as module
-from parts.chat import fits, read_object
-from parts.jsontext import depth_of
+from parts.chat import chat_of, fits
+from parts.jsontext import depth_of, parse_object
 
 
 def chat_of(text: str) -> module.Chat:
-    return read_object(text.encode())
+    return chat_of(text.encode(), *parse_object(text.encode()))
 
 
 def body_for(chat: module.Chat, model: str) -> str:
@@ -61,7 +61,7 @@ def test_depth_counts_every_level():
 )
 def test_what_is_no_object_is_a_400(text):
     with pytest.raises(module.RouterError) as caught:
-        module.parse_object(text.encode())
+        module.parse_body(text.encode())
 
     assert caught.value.status == 400
 

@@ -173,7 +173,7 @@ def fly(flights: Flights, clock: Clock) -> Any:
 
 def test_a_flight_ends_when_the_clock_passes_its_limit(flights, fly, clock):
     flight = fly()
-    flight.limit("idle", clock() + 30)
+    flight.due = clock() + 30, "idle"
 
     flights.look()
     before = flight.why
@@ -209,9 +209,9 @@ def test_the_next_attempt_forgets_what_ended_the_last_one_but_not_the_request(cl
 
 def test_a_deadline_that_was_replaced_fells_nothing(clock):
     flight = Flight(None, clock)
-    flight.limit("first_token", clock() + 1)
+    flight.due = clock() + 1, "first_token"
     read_before = flight.due
-    flight.limit("idle", clock() + 60)
+    flight.due = clock() + 60, "idle"
 
     flight.end("first_token", read_before)
 
