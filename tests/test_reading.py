@@ -13,7 +13,7 @@ from parts.chat import chat_of, fits
 from parts.jsontext import depth_of, parse_object
 
 
-def chat_of(text: str) -> module.Chat:
+def chat_in(text: str) -> module.Chat:
     return chat_of(text.encode(), *parse_object(text.encode()))
 
 
@@ -34,7 +34,7 @@ def body_for(chat: module.Chat, model: str) -> str:
     ],
 )  # fmt: skip
 def test_only_the_model_is_replaced(text, wanted):
-    assert body_for(chat_of(text), "m") == wanted
+    assert body_for(chat_in(text), "m") == wanted
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_only_the_model_is_replaced(text, wanted):
     ],
 )
 def test_usage_is_asked_for_in_every_stream(options, wanted):
-    body = body_for(chat_of('{"model":"a","stream":true' + options + "}"), "m")
+    body = body_for(chat_in('{"model":"a","stream":true' + options + "}"), "m")
 
     assert wanted in body
     assert json.loads(body)["stream_options"]["include_usage"] is True
@@ -70,7 +70,7 @@ def test_what_is_no_object_is_a_400(text):
     ("context", "longer"), [(100, True), (10_000, False), (126, True), (None, False)]
 )
 def test_a_prompt_is_too_long_only_when_it_surely_is(context, longer):
-    chat = chat_of(json.dumps({"messages": [{"role": "user", "content": "x " * 500}]}))
+    chat = chat_in(json.dumps({"messages": [{"role": "user", "content": "x " * 500}]}))
 
     assert (context is not None and chat.is_longer_than(context)) is longer
 
@@ -81,7 +81,7 @@ SOUND = {"type": "input_audio", "input_audio": {"data": "A" * 50_000}}
 
 @pytest.mark.parametrize("content", [[URL], [SOUND], "\u0436" * 700])
 def test_what_is_no_text_and_other_letters_do_not_count_as_more_than_they_are(content):
-    chat = chat_of(json.dumps({"messages": [{"role": "user", "content": content}]}))
+    chat = chat_in(json.dumps({"messages": [{"role": "user", "content": content}]}))
 
     assert chat.wants_images == (content == [URL])
     assert not chat.is_longer_than(100)
