@@ -937,7 +937,7 @@ class Router:
                 failures.append(failure.bare())
                 call.flight.next_attempt()
                 queue = _still_worth_trying(queue, model, failures)
-        return self._settle_for(call, failures)
+        return self._without_answer(call, failures)
 
     def _ask(self, call: Call, decision: Decision, model: Model, ticket: Ticket,
              last: bool) -> Relay:  # fmt: skip
@@ -961,7 +961,8 @@ class Router:
                 reply = self.upstreams.open(model, call.chat, flight, timeouts["connect"])
                 relay = Relay(
                     reply, flight, model.id, stream=call.stream, whole=call.whole,
-                    keep_usage=call.chat.wants_usage, idle_s=timeouts["idle"],
+                    keep_usage=call.chat.wants_usage, choices=call.chat.choices,
+                    idle_s=timeouts["idle"],
                     client_s=call.table.timeouts["total"], deadline=call.deadline,
                 )  # fmt: skip
                 relay.prepare()
@@ -1071,7 +1072,7 @@ class Router:
         known = [self.settings.api_key, self.settings.admin_token, *self.upstreams.keys()]
         return scrub(text, known) if text else ""
 
-    def _settle_for(self, call: Call, failures: list[Failure]) -> Relay:
+    def _without_answer(self, call: Call, failures: list[Failure]) -> Relay:
         """Nobody answered: an empty answer if one came, else the error that says best why."""
         outcomes = [failure.outcome for failure in failures]
         if "client_left" in outcomes:

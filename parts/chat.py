@@ -26,6 +26,7 @@ class Chat:
     body: Mapping[str, Any]
     members: Sequence[Member]
     stream: bool = False  # the client wants server-sent events
+    choices: int = 1  # how many answers it wants
 
     @cached_property
     def wants_usage(self) -> bool:
@@ -35,6 +36,8 @@ class Chat:
     def note_wishes(self) -> None:
         """Work out what is asked of a model, for when messages and tools are forgotten."""
         _ = self.wants_tools, self.wants_images, self.wants_usage
+        n = self.body.get("n")
+        self.choices = n if isinstance(n, int) and 1 < n <= 128 else 1
 
     @cached_property
     def wants_tools(self) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from parts.errors import Failure
@@ -18,7 +17,7 @@ MAX_EVENT = 8 << 20  # bytes of one event
 
 
 class Event(NamedTuple):
-    """One server-sent event: its bytes, and what it holds: comment, done, data or malformed."""
+    """One event: its bytes, and what it holds: comment, done, data, error or malformed."""
 
     raw: bytes
     kind: str
@@ -50,7 +49,7 @@ class EventReader:
             raise Failure("not_an_answer", f"an event over {MAX_EVENT} bytes")
         return events
 
-    def end(self) -> list[Event]:
+    def rest(self) -> list[Event]:
         """The tail, which counts although its blank line is missing."""
         tail = bytes(self._buffer)
         self._buffer.clear()
@@ -100,20 +99,6 @@ def shape_of(raw: bytes) -> tuple[bytes, bytes] | None:
     return None
 
 
-def read_events(chunks: Iterable[bytes]) -> Iterator[Event]:
-    """The events of `read_batches`, one by one."""
-    return (event for batch in read_batches(chunks, EventReader()) for event in batch)
-
-
-def read_batches(chunks: Iterable[bytes], reader: EventReader) -> Iterator[list[Event]]:
-    """Complete events, as soon as they are complete; those that came together stay together."""
-    for chunk in chunks:
-        if batch := reader.feed(chunk):
-            yield batch
-    if batch := reader.end():
-        yield batch
-
-
 _scan_json: Any = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 
 
@@ -125,13 +110,21 @@ def parse_event(raw: bytes) -> Event:
             data, end = _scan_json(text, 0)
             if end == len(text):
                 return Event(raw, "data", data)
-    lines = [line[5:].strip() for line in raw.splitlines() if line.startswith(b"data:")]
-    if not lines:
+    lines, name = raw.splitlines(), b""
+    payload = b"\n".join([line[5:].strip() for line in lines if line.startswith(b"data:")])
+    for line in lines:
+        if line.startswith(b"event:"):
+            name = line[6:].strip().lower()
+        elif line.startswith(b"error:"):  # llama.cpp's own field
+            name, payload = b"error", line[6:].strip()
+    if not payload:
         fields = (b":", b"event:", b"id:", b"retry:")
         is_comment = raw.strip().startswith(fields) or not raw.strip()
         return Event(raw, "comment" if is_comment else "malformed", {})
-    payload = b"\n".join(lines)
     if payload == b"[DONE]":
         return Event(raw, "done", {})
     data = parse_loosely(payload)
+    if name == b"error":
+        told = data if isinstance(data, dict) else {"message": payload.decode(errors="replace")}
+        return Event(raw, "error", told)
     return Event(raw, "data", data) if isinstance(data, dict) else Event(raw, "malformed", {})

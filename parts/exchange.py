@@ -14,7 +14,7 @@ Who may touch what, when:
 - Before a connection goes back into its pool the flight lets go of it under its own lock
   (`_put_conn`). A late shutdown would else hit the next request on that connection.
 - A pooled connection is nobody's. What comes on it unasked, or too long a rest, closes it
-  (`_take`). Its own fault, a reset or silence before any byte, is not the model's: the request is
+  (`_pooled`). Its own fault, a reset or silence before any byte, is not the model's: the request is
   sent once more on a fresh one, and the rest of that pool is dropped.
 - `as_failure` is the one place that turns a library's exception into an outcome.
 """
@@ -155,7 +155,7 @@ class Reply:
         out = self._unframed(b"") if self._rest else b""
         while not out and not self.ended and self.length != 0:
             try:
-                out = self.take(self.sock.recv(n))
+                out = self.unframe(self.sock.recv(n))
             except (OSError, ValueError) as e:
                 self.close()
                 raise Failure(self.flight.why or "cut", status=self.status_code) from e
@@ -168,7 +168,7 @@ class Reply:
             self.close()  # its connection can serve the next request already
         return out
 
-    def take(self, data: bytes) -> bytes:
+    def unframe(self, data: bytes) -> bytes:
         """The body's bytes in `data`, just received; b"" there says that the upstream closed.
 
         Then a body without length or chunks is whole; any other was cut.
@@ -393,7 +393,7 @@ class _NotedPool:
         head = "\r\n".join([f"{method} {url} HTTP/1.1", *lines, "", ""]).encode("latin-1")
         flight = body.flight
         while True:
-            conn, connected = self._take(flight), False
+            conn, connected = self._pooled(flight), False
             used = not conn.is_closed
             try:
                 conn.timeout = timeout.connect_timeout
@@ -414,7 +414,7 @@ class _NotedPool:
                     raise
                 raise failure from e
 
-    def _take(self, flight: Flight) -> Any:
+    def _pooled(self, flight: Flight) -> Any:
         """A connection, closed when it has to be made first; urllib3 has looked for stray bytes."""
         conn = self._get_conn()  # type: ignore[attr-defined]
         if not conn.is_closed:

@@ -79,6 +79,7 @@ def _expecting(what: str, text: str, at: int) -> json.JSONDecodeError:
 
 
 def refuse_constant(name: str) -> NoReturn:
+    """NaN and Infinity are no JSON."""
     raise ValueError(f"{name} is not JSON")
 
 

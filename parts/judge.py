@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from parts.errors import Failure
@@ -128,3 +129,48 @@ def check_head(reply: Reply) -> None:
     if reply.flight.why:
         raise Failure(reply.flight.why, status=status)
     raise failure_from(status, parse_loosely(data), reply.headers.get("retry-after"))
+
+
+# What a finish_reason says, in the words of all servers in use. One that stands in no row ends an
+# answer that there is, for an honest `eos` must not strike a good provider; see `finish_kind`.
+FINISHES = {
+    word: kind
+    for kind, words in {
+        "stop": "stop end_turn stop_sequence eos eos_token end complete completed done finished "
+                "null none stop_token pause_turn compaction",
+        "calls": "tool_calls tool_use function_call tool_call",
+        "length": "length max_tokens max_output_tokens max_length model_length token_limit "
+                  "model_context_window_exceeded context_length incomplete",
+        "filter": "content_filter content_filtered safety recitation blocklist blocked refusal "
+                  "prohibited_content spii sensitive guardrail_intervened image_safety moderation",
+        "failed": "error abort aborted network_error malformed_function_call malformed_response "
+                  "unexpected_tool_call too_many_tool_calls insufficient_system_resource failed "
+                  "failure cancelled canceled timeout overloaded unavailable",
+    }.items()
+    for word in words.split()
+}  # fmt: skip
+FAILED_NAME = re.compile(r"error|fail|abort|overload|malformed|unavailable|timeout|cancel")
+
+
+def finish_kind(reason: str) -> str:
+    """stop, calls, length, filter, failed, or unknown: what a finish_reason says."""
+    name = reason.strip().lower().replace("-", "_")
+    known = FINISHES.get(name)
+    return known or ("failed" if FAILED_NAME.search(name) else "unknown")
+
+
+TELLS_ERROR = frozenset(("error", "error_type", "error_message"))  # beside choices, too
+
+
+def error_of(body: Mapping[str, Any]) -> Any:
+    """What in an answer, an event or a choice says that it is an error; None when nothing does."""
+    told = body.get("error")
+    if told and (not isinstance(told, dict) or any(told.values())):
+        return body
+    if body.get("object") == "error" or body.get("type") == "error":
+        return body
+    kind, said = body.get("error_type"), body.get("error_message")
+    if kind or said:
+        return {"error": {"type": kind, "message": said}}
+    bare = body.get("message") or body.get("detail") or body.get("errors") or body.get("msg")
+    return body if bare and "choices" not in body and not isinstance(bare, Mapping) else None

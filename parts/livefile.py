@@ -27,9 +27,9 @@ class Text(Protocol):
     """What is made of the file: it keeps the text it was made of, and a name for that."""
 
     @property
-    def text(self) -> str: ...
+    def text(self) -> str: ...  # noqa: D102
     @property
-    def etag(self) -> str: ...
+    def etag(self) -> str: ...  # noqa: D102
 
 
 T = TypeVar("T", bound=Text)

@@ -7,7 +7,6 @@ Nothing here knows Flask or HTTP.
 from __future__ import annotations
 
 import logging
-import logging.handlers
 import math
 import threading
 import time

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -27,13 +28,23 @@ from parts.events import Event, EventReader
 from parts.exchange import MAX_ANSWER, Reply, read_whole
 from parts.flights import Flight
 from parts.jsontext import parse_loosely
-from parts.judge import VERDICTS, failure_from
+from parts.judge import (
+    FINISHES,
+    TELLS_ERROR,
+    VERDICTS,
+    error_of,
+    failure_from,
+    finish_kind,
+)  # fmt: skip
 from parts.logs import where_it_broke
 
 log = logging.getLogger("llm_router")
 
 DRAIN_S = 1.0  # after the last event; then the connection is closed instead of kept
 DONE = b"data: [DONE]\n\n"
+DONE_BEHIND = re.compile(rb"\s*(?:data:\s*)?\[DONE\]\s*\Z")
+BOM = b"\xef\xbb\xbf"
+UNKNOWN: set[str] = set()  # finish reasons that were told of once
 # What counts as a token; a role alone does not.
 SAYS = ("content", "reasoning", "reasoning_content", "tool_calls", "function_call", "refusal",
         "audio", "images")  # fmt: skip
@@ -49,14 +60,14 @@ class Relay:
     """One answer of `model`, the name it is told by.
 
     `whole`: a stream is held until it is complete. `keep_usage`: the client asked for the usage
-    event itself. `idle_s` may pass between two events, `client_s` until the client takes what was
-    sent, and `deadline` bounds everything up to the commit.
+    event itself. `choices`: how many it asked for. `idle_s` may pass between two events, `client_s`
+    until the client takes what was sent, and `deadline` bounds everything up to the commit.
     """
 
     def __init__(self, reply: Reply, flight: Flight, model: str, *, stream: bool, whole: bool,
-                 keep_usage: bool, idle_s: float, client_s: float, deadline: float):  # fmt: skip
+                 keep_usage: bool, choices: int, idle_s: float, client_s: float,
+                 deadline: float):  # fmt: skip
         self.usage: dict[str, Any] = {}
-        self.finish: str | None = None  # the finish_reason
         self.failure: Failure | None = None  # what broke it after the commit
         self.has_content = False
         self.done = False  # the end was read: [DONE], or a whole answer's last byte
@@ -68,12 +79,23 @@ class Relay:
         self._idle_at = self._paused_at = 0.0
         self._reader: EventReader
         self._left: Sequence[Event] = ()  # of the batch in which the answer began
-        self._arguments: dict[tuple[str, str], str] = {}  # of tool calls, in whole-answer mode
+        self._finish = ""  # the kind of the last finish_reason
+        self._choices = choices
+        self._begun: set[int] = set()  # choices that have no finish_reason yet, and those that have
+        self._finished: set[int] = set()
+        self._came = False  # something that the client gets came since it was last looked at
+        self._arguments: dict[tuple[Any, ...], str] = {}  # of tool calls, in whole-answer mode
+        self._call: dict[tuple[Any, ...], tuple[Any, ...]] = {}  # where more arguments belong
 
     @property
     def has_begun(self) -> bool:
         """True from the first token on, or when there will be none for a good reason."""
-        return self.has_content or self.finish in ("length", "content_filter", "tool_calls")
+        return self.has_content or self._finish in ("length", "filter", "calls")
+
+    @property
+    def is_finished(self) -> bool:
+        """True when every choice has its finish_reason: from here on any end is a good one."""
+        return not self._begun and len(self._finished) >= self._choices
 
     # --- up to the commit ------------------------------------------------------------------------
 
@@ -81,57 +103,69 @@ class Relay:
         """Read up to the commit; Failure while another model may still be tried."""
         if not self._stream:
             self._read_answer()
-        elif "application/json" in self.reply.headers.get("content-type", ""):
-            body = parse_loosely(read_whole(self.reply))
-            told = isinstance(body, dict) and body.get("error")
-            raise failure_from(200, body) if told else Failure("not_an_answer", "no stream", 200)
         else:
             try:
                 self._hold_until_begun()
-            except Failure:  # after a finish_reason any end is a good one
-                if not self.finish or self._flight.why == "client_left":
+            except Failure:
+                if not self.is_finished or self._flight.why == "client_left":
                     raise
             self._check_held()
         self._flight.due = self._flight.clock() + self._client_s, "client_left"
 
     def _read_answer(self) -> None:
-        data = read_whole(self.reply)
+        data = read_whole(self.reply).removeprefix(BOM)
         try:
             body = json.loads(data)
-        except (ValueError, RecursionError):
-            body = None
-        body = body if isinstance(body, dict) else {}
+        except (ValueError, RecursionError):  # one with the end of a stream behind it is one, too
+            data = DONE_BEHIND.sub(b"", data)
+            body = parse_loosely(data)
+        if not isinstance(body, dict):
+            raise failure_from(200, body) if body else Failure("not_an_answer", "no JSON", 200)
         self._note(body, "message")
         if not choices_of(body):
             raise Failure("not_an_answer", "no choices", 200)
         self.held, self.done, self.ended = [data], True, True
         self._check_arguments()
-        if not self.has_begun and self.finish in (None, "stop"):
+        if not self.has_begun:
             raise Failure("empty", status=200)
 
     def _hold_until_begun(self) -> None:
         self._reader, size, ended = EventReader(), 0, False
+        data = self._first_of_stream()
         while not ended:
-            data = self.reply.read1()
             ended = not data
-            batch = self._reader.feed(data) if data else self._reader.end()
+            batch = self._reader.feed(data) if data else self._reader.rest()
             for n, event in enumerate(batch, 1):
-                self.held.append(self._take(event))
+                self.held.append(self._passed(event))
                 size += len(event.raw)
                 if size > MAX_ANSWER:
                     raise Failure("not_an_answer", f"over {MAX_ANSWER} bytes", 200)
                 if self.done or (self.has_begun and not self._whole):
                     self._left = batch[n:]
                     return
-                if self.has_content and event.kind == "data":
-                    idle_at = self._flight.clock() + self._idle_s
-                    self._flight.due = min((idle_at, "idle"), (self._deadline, "total"))
+            if self._came and self.has_content:
+                self._came, idle_at = False, self._flight.clock() + self._idle_s
+                self._flight.due = min((idle_at, "idle"), (self._deadline, "total"))
+            data = b"" if ended else self.reply.read1()
+
+    def _first_of_stream(self) -> bytes:
+        """The first bytes. What they are decides, not what the head calls them."""
+        data = self.reply.read1()
+        while data and not data.strip() and (more := self.reply.read1()):
+            data += more
+        if data.removeprefix(BOM).lstrip()[:1] in (b"{", b"["):
+            body = parse_loosely(data + read_whole(self.reply))
+            is_error = isinstance(body, list) or (isinstance(body, dict) and error_of(body))
+            if is_error:
+                raise failure_from(200, body)
+            raise Failure("not_an_answer", "no stream", 200)
+        return data
 
     def _check_held(self) -> None:
         """Failure unless what is held may go to the client."""
         if self.has_begun and not self._whole:
             return
-        if not (self.finish or (self.done and not self._whole)):
+        if not (self.is_finished or self.done):
             raise Failure("cut" if any(self.held) else "not_an_answer", "no end", 200)
         self._check_arguments()
         if not self.done:
@@ -142,10 +176,13 @@ class Relay:
 
     # --- what an answer says ---------------------------------------------------------------------
 
-    def _take(self, event: Event) -> bytes:
+    def _passed(self, event: Event) -> bytes:
         """What to pass on of `event`, after noting what it says; Failure when it is an error."""
         if event.kind == "malformed":
             return b""
+        if event.kind == "error":
+            told = event.data if "error" in event.data else {"error": event.data}
+            raise failure_from(200, told)
         if event.kind == "done":
             self.done = True
         if event.kind != "data":
@@ -156,32 +193,56 @@ class Relay:
 
     def _note(self, body: Mapping[str, Any], part: str) -> None:
         """What `body`, an answer or an event, says and used; Failure when it tells of an error."""
-        if body.get("error"):
-            raise failure_from(200, body)
+        odd = "choices" not in body or not TELLS_ERROR.isdisjoint(body)
+        told = error_of(body) if odd or body.get("object") == "error" else None
+        if told:
+            raise failure_from(200, told)
         if isinstance(body.get("usage"), dict):
             self.usage = body["usage"]
         for choice in choices_of(body):
-            if choice.get("error"):  # OpenRouter tells it in a choice, too
-                raise failure_from(200, choice)
-            said = choice.get(part)
-            if isinstance(said, dict):
-                self.has_content = self.has_content or any(map(said.get, SAYS))
+            told = error_of(choice) if "error" in choice else None
+            if told:  # OpenRouter tells it in a choice, too
+                raise failure_from(200, told)
+            index, said, reason = choice.get("index"), choice.get(part), choice.get("finish_reason")
+            index = index if isinstance(index, int) else 0
+            if isinstance(said, dict) and any(map(said.get, SAYS)):
+                self._came = self.has_content = True
+                if index not in self._finished:
+                    self._begun.add(index)
                 if self._whole:
-                    self._note_arguments(str(choice.get("index")), said.get("tool_calls"))
-            if isinstance(choice.get("finish_reason"), str):
-                self.finish = choice["finish_reason"]
+                    self._note_arguments(index, said.get("tool_calls"), part)
+            if isinstance(reason, str):
+                self._note_finish(index, reason)
 
-    def _note_arguments(self, choice: str, calls: Any) -> None:
+    def _note_finish(self, index: int, reason: str) -> None:
+        self._came, self._finish = True, FINISHES.get(reason) or finish_kind(reason)
+        if self._finish == "failed":
+            raise Failure("cut", f"finish_reason {reason[:40]}", 200)
+        if self._finish == "unknown" and reason not in UNKNOWN and len(UNKNOWN) < 100:
+            UNKNOWN.add(reason)
+            log.warning("finish_reason_unknown", {"model": self._model, "reason": reason[:40]})
+        self._begun.discard(index)
+        self._finished.add(index)
+
+    def _note_arguments(self, choice: int, calls: Any, part: str) -> None:
+        """Put a tool call's arguments together; another id is another call, whatever its index."""
         for n, tool in enumerate(calls if isinstance(calls, list) else ()):
             function = tool.get("function") if isinstance(tool, dict) else None
             text = function.get("arguments") if isinstance(function, dict) else None
-            if isinstance(text, str):
-                key = (choice, str(tool.get("index", n)))
-                self._arguments[key] = self._arguments.get(key, "") + text
+            if not isinstance(text, str):
+                continue
+            index, id_ = tool.get("index"), str(tool.get("id") or "")
+            place = (choice, index if isinstance(index, int) else None)
+            key = self._call.get(place)
+            if part == "message":
+                key = (choice, n, "whole")
+            elif key is None or (id_ and key[-1] != id_):
+                key = self._call[place] = (*place, len(self._arguments), id_)
+            self._arguments[key] = self._arguments.get(key, "") + text
 
     def _check_arguments(self) -> None:
         half = any(a.strip() and parse_loosely(a) is None for a in self._arguments.values())
-        if half and self.finish != "length":
+        if half and self._finish != "length":
             raise Failure("cut", "half a tool call", 200)
 
     # --- after the commit ------------------------------------------------------------------------
@@ -194,7 +255,7 @@ class Relay:
         all bytes come out here. The last ones say how the answer ended.
         """
         try:
-            more = b"" if self.done else self._take_all(self._left)
+            more = b"" if self.done else self._passed_all(self._left)
             yield b"".join(self.held) + more
             if not self.done and not self.failure:
                 yield from self._go_on(carrier, client, chunked)
@@ -203,7 +264,7 @@ class Relay:
         except Exception:  # noqa: BLE001  a bug of ours; the client must learn that this is no end
             log.error("internal_error", {"where": where_it_broke()})
             self.failure = Failure("internal_error")
-        yield from self._end()
+        yield from self._last()
 
     def _go_on(self, carrier: Carrier, client: socket.socket | None,
                chunked: bool) -> Iterator[bytes]:  # fmt: skip
@@ -233,16 +294,18 @@ class Relay:
 
     def _receive(self, data: bytes, ended: bool = False) -> tuple[bytes, bool]:
         """For the carrier: what to send when `data` has come, and whether that is the last."""
-        body = b"" if ended else self.reply.take(data)
+        body = b"" if ended else self.reply.unframe(data)
         ended = ended or self.reply.is_whole
         batch = self._reader.feed(body) if body else []
-        batch = batch + self._reader.end() if ended else batch
-        if any([event.kind != "comment" for event in batch]):  # which only says alive
+        batch = batch + self._reader.rest() if ended else batch
+        out = self._passed_all(batch)
+        if self._came:  # comments, and what nobody gets or what says nothing, win no time
             self._more_came()
-        return self._take_all(batch), ended or self.done or self.failure is not None
+        return out, ended or self.done or self.failure is not None
 
     def _more_came(self) -> None:
         """The next event may take `idle` again."""
+        self._came = False
         self._idle_at = self._flight.clock() + self._idle_s
         self._flight.due = self._idle_at, "idle"
 
@@ -256,21 +319,21 @@ class Relay:
             self._idle_at += now - self._paused_at
             self._flight.due = self._idle_at, "idle"
 
-    def _take_all(self, batch: Sequence[Event]) -> bytes:
+    def _passed_all(self, batch: Sequence[Event]) -> bytes:
         """What to pass on of events that came together, up to a Failure that one of them is."""
         out = []
         try:
             for event in batch:
-                out.append(self._take(event))
+                out.append(self._passed(event))
                 if self.done:
                     break
         except Failure as e:
             self.failure = e
         return b"".join(out)
 
-    def _end(self) -> Iterator[bytes]:
+    def _last(self) -> Iterator[bytes]:
         """The last bytes: a missing [DONE], or an error that no client takes for an end."""
-        if self.done or self.finish:
+        if self.done or self.is_finished:
             self.failure, self.ended = None, True
             if not self.done:
                 yield DONE

@@ -7,7 +7,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -28,7 +28,7 @@ from upstream import Upstream, chunk, events, hang, pieces, raw, stream, whole
 from werkzeug.test import EnvironBuilder
 
 from parts.errors import Failure, Full
-from parts.events import EventReader, parse_event, read_batches, read_events
+from parts.events import Event, EventReader, parse_event
 from parts.exchange import Endpoint, Reply, new_session, read_whole
 from parts.flights import _LEFT, Flight, Flights
 
@@ -37,6 +37,20 @@ SMALL = b'{"model": "acme/one", "messages": []}'
 
 def in_pieces(data: bytes, size: int) -> Iterator[bytes]:
     return (data[at : at + size] for at in range(0, len(data), size))
+
+
+def read_batches(chunks: Iterable[bytes]) -> Iterator[list[Event]]:
+    """Complete events as they come; those that came together stay together."""
+    reader = EventReader()
+    for data in chunks:
+        if batch := reader.feed(data):
+            yield batch
+    if batch := reader.rest():
+        yield batch
+
+
+def read_events(chunks: Iterable[bytes]) -> Iterator[Event]:
+    return (event for batch in read_batches(chunks) for event in batch)
 
 
 def kinds(data: bytes) -> list[str]:
@@ -651,7 +665,7 @@ def test_a_chunked_body_that_breaks_off_or_lies_is_cut(body):
 def test_events_that_came_together_are_told_together():
     sent = b'data: {"n": 1}\n\n' * 3
 
-    batches = list(read_batches([sent, sent[:20], sent[20:]], EventReader()))
+    batches = list(read_batches([sent, sent[:20], sent[20:]]))
 
     assert [len(batch) for batch in batches] == [3, 1, 2]
 
