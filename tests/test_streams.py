@@ -231,7 +231,6 @@ def test_a_stream_says_that_nobody_on_the_way_may_hold_it(service):
     [
         (pieces([BEGIN, WORD, WORD], "cut"), "cut"),
         (pieces([BEGIN, WORD, WORD], "end"), "cut"),
-        (pieces([BEGIN, WORD, WORD, DONE], "end"), "cut"),
         (pieces([BEGIN, WORD, WORD], "reset"), "cut"),
         (pieces([BEGIN, WORD, WORD], "hang"), "idle"),
         (pieces([BEGIN, WORD, *[COMMENT, 0.2] * 30], "hang"), "idle"),
