@@ -272,10 +272,7 @@ def test_permits_are_as_many_as_the_threads_less_the_reserve(clock):
         flights.board(Flight(None, clock))
 
     assert len(flights) == 2
-
-
-def test_few_threads_still_give_one_permit(clock):
-    assert Flights(1, clock).limit == 1
+    assert Flights(1, clock).limit == 1  # few threads still give one
 
 
 def test_a_landed_flight_gives_its_permit_back_once(flights, fly):
