@@ -31,8 +31,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metrics import EventFormatter
-from routes_file import Refused, RoutesError, Store, Table, load_table
+from routes_file import Refused, RoutesError, Store, Table, load_table, routes_schema
 
+SCHEMA = routes_schema()
 ROUTES = small_routes("http://127.0.0.1:1")
 TEXT = json.dumps(ROUTES, indent=2) + "\n"
 OTHER = TEXT.replace('"hello"', '"howdy"')  # of the same length
@@ -706,7 +707,7 @@ def test_fifty_kills_during_writes_corrupt_nothing_and_lose_nothing(path):
         with contextlib.suppress(EOFError):
             while True:
                 last = ours.recv()
-        load_table(path.read_text(), store._schema)
+        load_table(path.read_text(), SCHEMA)
         stored = int(on_disk(path).get("counter", {"keywords": [-1]})["keywords"][0])
         assert stored in (last, last + 1)  # written, but killed before it could say so
 
@@ -737,7 +738,7 @@ def test_eight_writers_and_twenty_hand_edits_lose_nothing_and_no_reader_sees_a_b
         start.wait()
         while not done.wait(0.01):
             try:
-                table = load_table(path.read_text(), stores[0]._schema)
+                table = load_table(path.read_text(), SCHEMA)
                 looks.append(len(table.categories["code"].keywords) + len(table.continuations))
             except RoutesError as e:
                 bad.append(str(e))
