@@ -423,6 +423,8 @@ HISTORIES: dict[str, tuple[str, str, str]] = {
     "but not heard again by who made it":
         ("a.fail a.reset a.share a.reset a.share a.strike a.strike a.share a.strike", "open",
          "closed"),
+    "what goes after a reset undoes nothing of it":
+        (f"{OPENED} a.reset a.go ab.share", "closed", "closed"),
     "what opens after a reset is open however late it is heard of":
         (f"{OPENED} a.reset a.fail ab.share", "open", "open"),
     "results in the air do not undo what was heard":
