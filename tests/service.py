@@ -81,7 +81,7 @@ class Service:
             try:
                 requests.get(self.base + "/health", timeout=2)
                 return
-            except requests.ConnectionError:
+            except (requests.ConnectionError, requests.Timeout):
                 time.sleep(0.02)
         raise AssertionError(f"did not start: {self.log.read_text()}")
 

@@ -96,8 +96,9 @@ class Running(Clock):
 class Member:
     """An instance without its thread: it looks at the cluster when `share` is called."""
 
-    def __init__(self, folder: Path, name: str, url: str, routes: dict[str, Any] | None):
+    def __init__(self, folder: Path, name: str, server: Redis, url: str, routes: Any):
         folder.mkdir(exist_ok=True)
+        self.redis = server.client
         self.file = folder / "routes.json"
         if routes:
             self.file.write_text(json.dumps(routes))
@@ -106,6 +107,7 @@ class Member:
         self.owner = module.create_app(settings, clock=self.clock).extensions["router"]
         self.cluster, self.store = self.owner.cluster, self.owner.store
         self.breakers, self.health = self.owner.breakers, self.owner.cluster.health
+        self.air: list[Any] = []  # tickets, the oldest first
 
     def share(self) -> None:
         with contextlib.suppress(cluster.Away):
@@ -128,20 +130,52 @@ class Member:
         self.file.write_text(text)
         self.clock += 0.6
 
-    def fail(self, model: str = "acme/one", times: int = 3, **more: Any) -> None:
-        for _ in range(times):
-            ticket = self.breakers.admit(model, 5)
-            self.breakers.settle(ticket, "strike", QUICK, "server_error", 500, **more)
+    def strike(self, model: str = "acme/one", **more: Any) -> None:
+        ticket = self.breakers.admit(model, 5)
+        self.breakers.settle(ticket, "strike", QUICK, "server_error", 500, **more)
 
-    def make_due(self) -> None:
-        """Time passes, for this instance."""
+    def fail(self, model: str = "acme/one") -> None:
+        """Until the circuit opens."""
+        for _ in range(3):
+            self.strike(model)
+
+    def held(self) -> None:
+        self.strike(retry_after_s=30)
+
+    def wait(self) -> None:
+        """Time passes, for this instance, until open circuits are due."""
         self.clock += QUICK["first_retry_sec"]
 
     def state(self, model: str = "acme/one") -> str:
         return self.breakers.snapshot().get(model, {"state": "closed"})["state"]
 
-    def probe(self, model: str = "acme/one") -> Any:
+    def ask(self, model: str = "acme/one") -> Any:
         return self.breakers.admit(model, 5)
+
+    def go(self) -> None:
+        ticket = self.ask()
+        assert ticket is not None
+        self.air.append(ticket)
+
+    def probe(self) -> None:
+        self.go()
+        assert self.air[-1].probe
+
+    def miss(self) -> None:
+        assert self.ask() is None
+
+    def commit(self) -> None:
+        self.breakers.commit(self.air[0], QUICK["failure_threshold"])
+
+    def end(self, verdict: str) -> None:
+        self.breakers.settle(self.air.pop(0), verdict, QUICK)
+
+    def reset(self, *models: str) -> None:
+        self.breakers.reset(models or None)
+
+    def die(self) -> None:
+        """The others have not seen it for too long."""
+        self.redis.zrem("llm-router:instances", self.cluster.link.member)
 
 
 def share(*members: Member) -> None:
@@ -164,7 +198,7 @@ def member(server: Redis, tmp_path: Path, monkeypatch) -> Callable[..., Member]:
     def make(name: str, routes: Any = None, url: str = "") -> Member:
         folder = tmp_path / name
         fresh = None if (folder / "routes.json").exists() else small_routes("http://127.0.0.1:9/v1")
-        made = Member(folder, name, url or server.url, routes or fresh)
+        made = Member(folder, name, server, url or server.url, routes or fresh)
         made.share()
         return made
 
@@ -378,138 +412,74 @@ def test_a_circuit_that_opens_on_one_is_open_on_the_other_for_as_long(pair):
     assert (theirs["reason"], theirs["last_status"]) == ("server_error", 500)
 
 
-def test_strikes_before_that_are_each_instances_own(pair, server):
-    a, b = pair
+OPENED = "a.fail ab.share"
+# what happened, to a, to b, or to one after the other; the state of the circuit for each of them
+HISTORIES: dict[str, tuple[str, str, str]] = {
+    "strikes are each instance's own": ("a.strike a.strike ab.share", "closed", "closed"),
+    "what opens is open on both": (OPENED, "open", "open"),
+    "a Retry-After holds on both": ("a.held ab.share b.miss", "open", "open"),
+    "a reset is one on both": (f"{OPENED} b.reset:acme/one ba.share", "closed", "closed"),
+    "a reset of all is one on both": (f"{OPENED} b.reset ba.share", "closed", "closed"),
+    "but not heard again by who made it":
+        ("a.fail a.reset a.share a.reset a.share a.strike a.strike a.share a.strike", "open",
+         "closed"),
+    "what goes after a reset undoes nothing of it":
+        (f"{OPENED} a.reset a.go ab.share", "closed", "closed"),
+    "what opens after a reset is open however late it is heard of":
+        (f"{OPENED} a.reset a.fail ab.share", "open", "open"),
+    "results in the air do not undo what was heard":
+        ("b.go b.go b.go a.fail a.reset:acme/one a.share a.fail ab.share b.end:good b.end:good "
+         "b.end:good ba.share", "open", "open"),
+    "one probe in the cluster": (f"{OPENED} ab.wait a.probe b.miss", "half-open", "half-open"),
+    "one that ends well closes it on both":
+        (f"{OPENED} a.wait a.probe a.commit ab.share a.end:good", "closed", "closed"),
+    "with one strike to go":
+        (f"{OPENED} a.wait a.probe a.commit ab.share b.strike", "closed", "open"),
+    "one that says nothing leaves the next to anybody":
+        (f"{OPENED} a.wait a.probe a.end:none ab.share b.wait b.probe", "open", "half-open"),
+    "the lease of a dead one goes to the next":
+        (f"{OPENED} ab.wait a.probe a.die b.probe", "half-open", "half-open"),
+    "nobody probes on what is no longer so":
+        (f"{OPENED} b.wait a.reset:acme/one a.share b.miss b.share b.go", "closed", "closed"),
+}  # fmt: skip
 
-    a.fail(times=2)
-    share(a, b)
 
-    assert b.breakers.snapshot() == {}
-    assert server.client.hgetall("llm-router:circuits") == {}
+@pytest.mark.parametrize(("history", "of_a", "of_b"), HISTORIES.values(), ids=HISTORIES)
+def test_circuits_are_shared_line_by_line(pair, history, of_a, of_b):
+    members = dict(zip("ab", pair, strict=True))
 
+    for step in history.split():
+        who, _, does = step.partition(".")
+        what, _, how = does.partition(":")
+        for name in who:
+            getattr(members[name], what)(*filter(None, [how]))
 
-def test_a_retry_after_holds_on_both(pair):
-    a, b = pair
-
-    a.fail(times=1, retry_after_s=30)
-    share(a, b)
-
-    assert b.probe() is None
-    assert b.breakers.snapshot()["acme/one"]["retry_in_sec"] > 25
+    assert [one.state() for one in pair] == [of_a, of_b]
 
 
-@pytest.mark.parametrize("models", [["acme/one"], None])
-def test_a_reset_on_one_is_one_on_the_other(opened, models):
-    a, b = opened
+def test_a_probe_that_ended_leaves_no_lease_behind(opened, server):
+    a, _ = opened
+    a.wait()
 
-    b.breakers.reset(models)
-    share(b, a)
-
-    assert (a.state(), b.state()) == ("closed", "closed")
-
-
-def test_a_reset_of_all_is_not_heard_by_who_made_it(pair):
-    a, _ = pair
-    a.fail()
-    a.breakers.reset()
+    a.probe()
+    a.commit()
     a.share()
-    a.breakers.reset()
-    a.share()
+    a.end("good")
 
-    a.fail(times=2)
-    a.share()
-    a.fail(times=1)
-
-    assert a.state() == "open"
-
-
-def test_results_in_the_air_do_not_undo_what_was_heard(pair):
-    a, b = pair
-    late = [b.probe() for _ in range(3)]
-    a.fail()
-    a.breakers.reset(["acme/one"])
-    a.share()
-    a.fail()
-    share(a, b)
-
-    for ticket in late:
-        b.breakers.settle(ticket, "good", QUICK)
-    share(b, a)
-
-    assert (a.state(), b.state()) == ("open", "open")
-
-
-def test_one_probe_in_the_cluster(opened):
-    a, b = opened
-    a.make_due()
-    b.make_due()
-
-    first, second = a.probe(), b.probe()
-
-    assert first.probe
-    assert second is None
-    assert b.state() == "half-open"
+    assert list(server.client.scan_iter("llm-router:probe:*")) == []
 
 
 def test_who_finds_it_due_in_the_last_moment_does_not_probe_without_a_lease(pair, monkeypatch):
     a, _ = pair
     a.fail()
     a.share()
-    a.make_due()
+    a.wait()
 
     with monkeypatch.context() as patch:
         patch.setattr(a.breakers, "_about_to_probe", lambda model, early: None)
-        assert a.probe() is None
+        a.miss()
 
-    assert a.probe().probe
-
-
-def test_a_probe_that_ends_well_closes_the_circuit_on_both(opened, server):
-    a, b = opened
-    a.make_due()
-
-    ticket = a.probe()
-    a.breakers.commit(ticket, 3)
-    share(a, b)
-    a.breakers.settle(ticket, "good", QUICK)
-
-    assert (a.state(), b.state()) == ("closed", "closed")
-    assert b.breakers.snapshot()["acme/one"]["strikes"] == 2
-    assert list(server.client.scan_iter("llm-router:probe:*")) == []
-
-
-def test_a_probe_that_says_nothing_leaves_the_next_one_to_anybody(opened):
-    a, b = opened
-    a.make_due()
-    ticket = a.probe()
-
-    a.breakers.settle(ticket, "none", QUICK)
-    share(a, b)
-    b.make_due()
-
-    assert b.probe().probe
-
-
-def test_nobody_probes_on_what_is_no_longer_so(opened):
-    a, b = opened
-    b.make_due()
-    a.breakers.reset(["acme/one"])
-    a.share()
-
-    assert b.probe() is None
-    b.share()
-    assert b.probe().probe is False
-
-
-def test_the_lease_of_a_dead_instance_goes_to_the_next_one(opened, server):
-    a, b = opened
-    a.make_due()
-    b.make_due()
-    assert a.probe().probe
-
-    server.client.zrem("llm-router:instances", a.cluster.link.member)
-
-    assert b.probe().probe
+    a.probe()
 
 
 def test_an_emptied_redis_hears_of_open_circuits_again(opened, server):
@@ -548,16 +518,6 @@ def test_what_opened_while_alone_is_told_afterwards(pair, server):
     assert b.state() == "open"
 
 
-def test_what_opens_after_a_reset_is_open_however_late_the_others_hear_of_the_reset(opened):
-    a, b = opened
-
-    a.breakers.reset()
-    a.fail()
-    share(a, b)
-
-    assert (a.state(), b.state()) == ("open", "open")
-
-
 # --- Redis that does not answer ------------------------------------------------------------------
 
 
@@ -565,13 +525,13 @@ def test_a_hung_redis_costs_a_probe_one_short_wait_and_the_next_none(pair, serve
     a, _ = pair
     a.fail("acme/one")
     a.fail("acme/two")
-    a.make_due()
+    a.wait()
     server.hang()
 
     began = time.monotonic()
-    first = a.probe("acme/one")
+    first = a.ask("acme/one")
     between = time.monotonic()
-    second = a.probe("acme/two")
+    second = a.ask("acme/two")
     done = time.monotonic()
     server.go_on()
 

@@ -29,8 +29,9 @@ from werkzeug.test import EnvironBuilder
 
 from parts.errors import Failure, Full
 from parts.events import Event, EventReader, parse_event
-from parts.exchange import Endpoint, Reply, new_session, read_whole
+from parts.exchange import Endpoint, new_session, read_whole
 from parts.flights import _LEFT, Flight, Flights
+from parts.live import Reply
 
 SMALL = b'{"model": "acme/one", "messages": []}'
 
@@ -286,10 +287,7 @@ def test_permits_are_as_many_as_the_threads_less_the_reserve(clock):
         flights.acquire(Flight(None, clock))
 
     assert len(flights) == 2
-
-
-def test_few_threads_still_give_one_permit(clock):
-    assert Flights(1, clock).limit == 1
+    assert Flights(1, clock).limit == 1  # few threads still give one
 
 
 def test_a_landed_flight_gives_its_permit_back_once(flights, fly):
