@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ import pytest
 import redis
 import requests
 from conftest import ROOT, Service, free_port, settings_for, small_routes
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_nginx import SITE, Nginx, kill_all, wait_until
 from upstream import Upstream, error, hang, slow, whole
 
 import router as module
 from parts import cluster
-from parts import command as startup
+from parts import settings as parts_settings
 from parts.errors import Refused
 
 pytestmark = pytest.mark.debian("redis")
@@ -122,7 +125,8 @@ class Member:
 
     def make_due(self, model: str = "acme/one") -> None:
         """Time passes, for this instance."""
-        self.breakers._circuits[model].due = 0.0
+        circuit = self.breakers._circuits[model]
+        circuit.due = circuit.lease = 0.0
 
     def state(self, model: str = "acme/one") -> str:
         return self.breakers.snapshot().get(model, {"state": "closed"})["state"]
@@ -233,7 +237,8 @@ def test_a_broken_file_on_one_waits_until_it_is_mended(pair, caplog, monkeypatch
 def test_a_text_that_does_not_fit_is_never_in_force(pair, server):
     a, _ = pair
     before = a.file.read_bytes()
-    server.client.hset("llm-router:config", mapping={"version": "9-0", "text": "{}", "by": "x"})
+    version = f"9-{cluster.tag_for('{}')}"
+    server.client.hset("llm-router:config", mapping={"version": version, "text": "{}", "by": "x"})
 
     a.share()
 
@@ -311,6 +316,24 @@ def test_a_change_that_cannot_be_written_is_taken_back(pair, monkeypatch):
 
     assert not a.has("poem") and not b.has("poem")
     assert a.health()["version"] == b.health()["version"]
+
+
+def test_a_hand_edit_that_cannot_be_kept_beside_the_file_is_not_replaced(pair, monkeypatch):
+    a, b = pair
+    a.add("poem")
+    b.edit("song")
+    real = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if target.name.endswith(".mine"):
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    b.share()
+
+    assert b.has("song") and not b.has("poem")
+    assert b.health()["behind"] == "routes_not_writable"
 
 
 def test_an_emptied_redis_gets_the_same_version_again(pair, server):
@@ -438,19 +461,6 @@ def test_one_probe_in_the_cluster(pair):
     assert first.probe
     assert second is None
     assert b.state() == "half-open"
-
-
-def test_who_finds_it_due_in_the_last_moment_does_not_probe_without_a_lease(pair, monkeypatch):
-    a, _ = pair
-    a.fail()
-    a.share()
-    a.make_due()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(a.breakers, "_about_to_probe", lambda model, early: None)
-        assert a.probe() is None
-
-    assert a.probe().probe
 
 
 def test_a_probe_that_ends_well_closes_the_circuit_on_both(pair, server):
@@ -665,7 +675,7 @@ def test_the_password_is_nowhere(member, tmp_path, caplog):
 
 @pytest.mark.parametrize("url", ["http://:s3cret@h", "redis://:s3cret@h:port"])
 def test_a_url_that_is_none_stops_the_start_without_showing_it(url, routes):
-    with pytest.raises(startup.SettingsError) as wrong:
+    with pytest.raises(parts_settings.SettingsError) as wrong:
         module.create_app(settings_for(routes, ROUTER_REDIS_URL=url))
 
     assert "ROUTER_REDIS_URL" in str(wrong.value)
@@ -673,16 +683,16 @@ def test_a_url_that_is_none_stops_the_start_without_showing_it(url, routes):
 
 
 def test_a_missing_package_stops_the_start_with_the_command_that_helps(routes, monkeypatch):
-    monkeypatch.setattr(startup, "find_spec", lambda name: None)
+    monkeypatch.setattr(parts_settings, "find_spec", lambda name: None)
 
-    with pytest.raises(startup.SettingsError, match=r"pip install 'redis>=5\.2,<9'"):
+    with pytest.raises(parts_settings.SettingsError, match=r"pip install 'redis>=5\.2,<9'"):
         settings_for(routes, ROUTER_REDIS_URL="redis://127.0.0.1/0")
 
 
 def test_without_the_setting_no_line_of_it_runs(routes):
     code = (
         "import sys, router; router.create_app(); "
-        "print({'cluster', 'redis'} & {name.partition('.')[0] for name in sys.modules})"
+        "print({'parts.cluster', 'redis'} & set(sys.modules))"
     )
     env = {"PATH": os.environ["PATH"], "ROUTER_ROUTES": str(routes)}
 
@@ -690,6 +700,319 @@ def test_without_the_setting_no_line_of_it_runs(routes):
                           check=True, text=True)  # fmt: skip
 
     assert done.stdout == "set()\n"
+
+
+# --- what a stranger may write into Redis ---------------------------------------------------------
+
+DIGITS = "9" * 5000
+
+
+def entry(**changed: Any) -> str:
+    """An open circuit as an instance writes it, but for what is changed."""
+    now = time.time()
+    told = {"open": True, "due": now + 50, "hold": 0, "first_open": now - 10, "strikes": 3,
+            "reason": "server_error", "status": 500, "since": "2026-11-25T10:00:00Z",
+            "by": "x", **changed}  # fmt: skip
+    return json.dumps(told).replace('"<', "").replace('>"', "")  # "<...>" stands as it is
+
+
+def put(server: Redis, model: str, text: str | bytes) -> None:
+    """Write one circuit as if there were news."""
+    server.client.hset("llm-router:circuits", model, text)
+    server.client.set("llm-router:seq", f"{int(time.time())}999")
+    server.client.incr("llm-router:seq")
+
+
+IN_A_YEAR = (
+    {"due": time.time() + 3e7},
+    {"hold": time.time() + 3e7},
+    {"first_open": time.time() + 3e7},
+)
+NUMBERS = ("<NaN>", "<Infinity>", "<-Infinity>", "<1e999>", "<" + "9" * 300 + ">", -1, "1", True,
+           [], {}, f"<{DIGITS}>")  # fmt: skip
+ODD = [
+    *({key: value} for key in ("due", "hold", "first_open", "strikes") for value in NUMBERS),
+    *IN_A_YEAR, {"due": None}, {"hold": None}, {"strikes": 1e10}, {"status": 1000},
+    {"status": "500"}, {"status": "<NaN>"}, {"open": 1}, {"open": "true"}, {"open": None},
+    {"reason": None}, {"reason": "x" * 201}, {"reason": "a\nb"}, {"reason": "\ud800"},
+    {"since": 0}, {"since": "\0"}, {"by": None}, {"by": ["x"]}, {"by": "x" * 201},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changed", ODD, ids=lambda c: str(c)[:40])
+def test_a_circuit_that_cannot_be_meant_is_ignored_with_one_line(pair, server, caplog, changed):
+    a, _ = pair
+    for number in (7, 8):
+        put(server, "acme/one", f"{number} {entry(**changed)}")
+        put(server, "acme/two", f"{number} {entry()}")
+        a.share()
+
+    assert (a.state("acme/one"), a.state("acme/two")) == ("closed", "open")
+    assert [r.args["model"] for r in caplog.records if r.msg == "cluster_odd"] == ["acme/one"]
+    assert a.health()["status"] == "ok"
+
+
+TEXTS = ["", "7", "7 ", "garbage", "7 {", "7 []", "7 null", "7 7", "7 {}", '7 {"gone": 1}',
+         "7 " + "[" * 3900, "7 " + '{"a":' * 700, f"7 {DIGITS}", "7 " + " " * 5_000_000 + "{}",
+         DIGITS + " " + entry(), b"7 \xff\xfe", b"\x00"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda t: repr(t[:12]))
+def test_a_text_that_is_no_circuit_is_ignored_and_the_next_word_of_an_instance_takes_its_place(
+    pair, server, caplog, text
+):
+    a, b = pair
+    put(server, "acme/one", text)
+    put(server, "acme/two", f"7 {entry()}")
+
+    a.share()
+    a.fail()
+    a.share()
+    b.share()
+
+    assert (b.state("acme/one"), b.state("acme/two")) == ("open", "open")
+    assert [r.msg for r in caplog.records].count("cluster_odd") == 1
+    a.make_due()
+    assert a.probe().probe
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda t: repr(t[:12]))
+def test_a_circuit_that_was_spoilt_is_probed_again(pair, server, text):
+    a, _ = pair
+    a.fail()
+    a.share()
+    server.client.hset("llm-router:circuits", "acme/one", text)
+    a.make_due()
+
+    a.probe()
+    a.share()
+    a.make_due()
+
+    assert a.probe().probe
+
+
+def test_a_circuit_that_was_deleted_is_told_and_probed_again(pair, server):
+    a, _ = pair
+    a.fail()
+    a.share()
+    server.client.hdel("llm-router:circuits", "acme/one")
+    a.make_due()
+
+    assert a.probe() is None
+    a.share()
+    a.share()
+    a.make_due()
+
+    assert a.probe().probe
+    assert server.client.hkeys("llm-router:circuits") == ["acme/one"]
+
+
+@settings(max_examples=300)
+@given(st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
+                    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)),
+       st.sampled_from(["due", "hold", "first_open", "strikes", "status", "open", "reason",
+                        "since", "by", "gone", "more"]))  # fmt: skip
+def test_whatever_stands_in_a_circuit_is_taken_whole_or_not_at_all(value, key):
+    link = cluster.Link("redis://127.0.0.1:1", "x", time.time)
+    try:
+        state, by = cluster.read_entry(f"7 {entry(**{key: value})}", link)
+    except cluster.Odd:
+        return
+
+    assert by.isprintable()
+    times = [state.due, state.hold, state.first_open or 0.0] if state else []
+    assert all(0 <= at <= time.time() + 86_460 for at in times)
+
+
+VERSIONS = [DIGITS, f"{DIGITS}-{'0' * 16}", "-", "9", "NaN-0", "-1-0", "9-" + "0" * 5_000_000,
+            "9-xyz", "９-0", "1e3-0", " ", b"\xff-0"]  # fmt: skip
+
+
+@pytest.mark.parametrize("version", VERSIONS, ids=lambda v: repr(v[:12]))
+def test_a_version_that_is_none_is_ignored_with_one_line_and_goes_when_redis_is_emptied(
+    pair, server, caplog, version
+):
+    a, b = pair
+    before = a.file.read_bytes()
+    b.fail()
+    b.share()
+    server.client.hset("llm-router:config", "version", version)
+
+    a.share()
+    a.share()
+
+    assert (a.state(), a.health()["behind"]) == ("open", "odd")
+    assert a.file.read_bytes() == before
+    assert [r.msg for r in caplog.records].count("cluster_routes_refused") == 1
+    server.client.delete("llm-router:config")
+    a.share()
+    b.share()
+    b.add("poem")
+    a.share()
+    assert a.has("poem") and "behind" not in a.health()
+
+
+LONG = "x" * (cluster.MOST_TEXT + 1)
+ROUTES = [{"text": LONG}, {"text": ""}, {"text": "{}"}, {"text": b"\xff"}, {"tags": "-0" * 2000},
+          {"by": "x" * 5000}]  # fmt: skip
+
+
+@pytest.mark.parametrize("changed", ROUTES, ids=lambda c: str(c)[:20])
+def test_routes_that_no_instance_wrote_are_not_taken(pair, server, caplog, changed):
+    a, b = pair
+    a.add("poem")
+    b.fail()
+    server.client.hset("llm-router:config", mapping=changed)
+
+    b.share()
+    b.share()
+
+    assert not b.has("poem")
+    assert b.health()["behind"] == "odd"
+    assert [r.msg for r in caplog.records].count("cluster_routes_refused") == 1
+    a.share()
+    assert a.state() == "open"
+
+
+def test_routes_over_8_mb_are_not_even_fetched(pair, server):
+    _, b = pair
+    version = f"9-{cluster.tag_for(LONG)}"
+    server.client.hset("llm-router:config", mapping={"version": version, "text": LONG})
+    before = server.client.info("stats")["total_net_output_bytes"]
+
+    b.share()
+
+    assert b.health()["behind"] == "odd"
+    assert server.client.info("stats")["total_net_output_bytes"] - before < 100_000
+
+
+@pytest.mark.parametrize("text", ["[" * 1_000_000, '{"a":' * 100_000, f'{{"x": {DIGITS}}}'],
+                         ids=["lists", "objects", "digits"])  # fmt: skip
+def test_routes_that_cannot_be_read_are_refused_and_circuits_go_on(pair, server, text):
+    a, b = pair
+    b.fail()
+    b.share()
+    version = f"9-{cluster.tag_for(text)}"
+    server.client.hset("llm-router:config", mapping={"version": version, "text": text})
+
+    a.share()
+
+    assert (a.state(), a.health()["behind"]) == ("open", "invalid_request_error")
+
+
+def test_routes_that_are_too_large_are_not_offered_either(pair, server, monkeypatch):
+    a, _ = pair
+    version = server.client.hget("llm-router:config", "version")
+    monkeypatch.setattr(cluster, "MOST_TEXT", 100)
+
+    with pytest.raises(Refused) as refused:
+        a.add("poem")
+    a.edit("song")
+    a.share()
+
+    assert refused.value.status == 422
+    assert a.health()["behind"] == "invalid_request_error"
+    assert server.client.hget("llm-router:config", "version") == version
+
+
+COUNTERS = [
+    *(partial(redis.Redis.set, name="llm-router:seq", value=value)
+      for value in ("abc", "-5", "7", DIGITS, str(2**63 - 1))),
+    lambda client: client.rpush("llm-router:seq", "a"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("write", COUNTERS)
+def test_a_counter_that_counts_no_more_is_begun_anew(pair, server, write):
+    a, b = pair
+    server.client.delete("llm-router:seq")
+    write(server.client)
+
+    a.fail()
+    a.share()
+    b.share()
+
+    assert b.state() == "open"
+    b.make_due()
+    assert b.probe().probe
+
+
+def leave_a_lease(server: Redis, a: Member, kind: str) -> None:
+    """A lease that nobody should wait for."""
+    key = cluster.probe_key("acme/one")
+    held = f"{a.cluster.link.member}|1"
+    {"forever": lambda: server.client.set(key, held),
+     "for years": lambda: server.client.set(key, held, ex=10**8),
+     "of nobody": lambda: server.client.set(key, "x", ex=50),
+     "a list": lambda: server.client.rpush(key, held)}[kind]()  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["forever", "for years", "of nobody", "a list"])
+def test_a_lease_that_no_instance_took_keeps_nobody_from_probing(pair, server, kind):
+    a, b = pair
+    a.fail()
+    a.share()
+    b.share()
+    leave_a_lease(server, a, kind)
+    b.make_due()
+
+    ticket = b.probe()
+    b.breakers.settle(ticket, "none", QUICK)
+    b.share()
+
+    assert ticket.probe
+    assert b.health()["status"] == "ok"
+    assert not server.client.exists(cluster.probe_key("acme/one"))
+
+
+@pytest.mark.parametrize("key", ["config", "circuits", "instances"])
+def test_a_key_of_another_kind_leaves_each_alone_until_it_is_gone(pair, server, caplog, key):
+    a, _ = pair
+    a.breakers.reset(["acme/one"])
+    server.client.set(f"llm-router:{key}", "x")
+
+    a.share()
+    a.share()
+
+    assert a.health()["error"] == "refused"
+    assert [r.msg for r in caplog.records].count("cluster_alone") == 1
+    server.client.delete(f"llm-router:{key}")
+    a.share()
+    a.share()
+    assert a.health()["status"] == "ok"
+
+
+def test_names_that_no_instance_has_are_not_shown(pair, server):
+    a, _ = pair
+    names = ["x" * 300, "a\nb#1", b"\xff\x00#1", "c#1"]
+    server.client.zadd("llm-router:instances", dict.fromkeys(names, 9e15))
+
+    a.share()
+
+    assert a.health()["instances"] == ["a", "b", "c"]
+
+
+def test_a_crowd_of_other_circuits_is_in_nobodys_way(pair, server):
+    a, _ = pair
+    crowd = {f"{n}/{'x' * (n % 400)}": entry() for n in range(5000)}
+    server.client.hset("llm-router:circuits", mapping=crowd)
+    put(server, "acme/two", f"7 {entry()}")
+
+    a.share()
+
+    assert a.state("acme/two") == "open"
+    assert set(a.breakers.snapshot()) == {"acme/two"}
+
+
+@pytest.mark.parametrize("note", [DIGITS, f"{DIGITS}-0", "x", "-1-0", "\0"])
+def test_a_note_that_is_none_makes_a_start_as_the_first_one(pair, member, note):
+    _, b = pair
+    b.file.with_name(".routes.json.cluster").write_text(note)
+
+    b = member("b")
+
+    assert b.health()["status"] == "ok"
+    assert b.health()["version"].startswith("1-")
 
 
 # --- real instances ------------------------------------------------------------------------------
@@ -876,7 +1199,7 @@ def test_a_start_without_redis_is_hardly_later(how, tmp_path, routes):
     server = Redis(tmp_path)
     server.kill() if how == "gone" else server.hang()
     code = (
-        "import time, cluster, router; began = time.monotonic(); "
+        "import time, router, parts.cluster; began = time.monotonic(); "
         "router.create_app(); print(time.monotonic() - began)"
     )
     env = {"PATH": os.environ["PATH"], "ROUTER_ROUTES": str(routes), "TEST_API_KEY": "x",
