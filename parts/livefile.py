@@ -2,6 +2,11 @@
 
 `Store.table` is the last good table; a bad edit never takes it away. `Store.change` applies one
 change to the text on disk and touches no other byte of it.
+
+Programs take turns by a lock on the folder; people's editors know nothing of it. So the file is
+looked at once more right before the rename, when the new text is on the disk and the peers, if
+there are any, have agreed. What remains are about ten microseconds between that look and the
+rename, and an editor that goes on writing into the file it opened before.
 """
 
 from __future__ import annotations
@@ -96,9 +101,8 @@ class Store(Generic[T]):
     def _look(self) -> None:
         self._next_look = self._clock() + LOOK_EVERY_S
         try:
-            stat = os.stat(self.path)
-            seen = (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino)
-            young = time.time() - max(stat.st_mtime, stat.st_ctime) <= YOUNG_S
+            seen = mark_of(self.path)
+            young = time.time() - max(seen[:2]) / 1e9 <= YOUNG_S
             if seen != self._seen or young:
                 self._take_up(read_file(self.path))
                 self._seen = seen
@@ -153,9 +157,7 @@ class Store(Generic[T]):
     def settled_text(self) -> str | None:
         """The text in force, under the lock; None while the file holds an edit yet to be seen."""
         text = self.table.text
-        with contextlib.suppress(RoutesError):
-            return text if self.error or read_file(self.path) == text else None
-        return None
+        return text if self.error or holds(self.path, text) else None
 
     def keep_beside(self, ending: str, text: str) -> Path:
         """Write a note of ours beside the file, under the lock; OSError."""
@@ -248,20 +250,37 @@ def replace_file(path: Path, text: str, like: Path, instead_of: str | None = Non
     """Replace `path` in one step, so that a crash leaves the old or the new file, never half.
 
     False when it does not hold `instead_of` any more: somebody edited it meanwhile. `agree` is
-    asked last, when nothing but the rename is left that could fail. The name of
-    the temporary file is fixed, so that a crash leaves at most one; call this under the lock.
+    asked last, when nothing but the rename is left that could fail; an edit while it was asked is
+    a 409, for it agreed on another text than the one to be made now. The name of the temporary
+    file is fixed, so that a crash leaves at most one; call this under the lock.
     """
     temp = path.with_name(f".{path.name.lstrip('.')}.tmp")
     try:
         write_beside(temp, text, like)
-        if instead_of is not None and read_file(path) != instead_of:
+        if instead_of is not None and not holds(path, instead_of):
             return False
         if agree and instead_of is not None:
             agree(instead_of, text)
+            if not holds(path, instead_of):
+                raise Refused(409, "conflict", f"{path} was edited meanwhile; try again")
         os.replace(temp, path)
     finally:
         temp.unlink(missing_ok=True)
     return True
+
+
+def holds(path: Path, text: str) -> bool:
+    """True when `path` holds `text`, and nobody wrote to it while it was read."""
+    with contextlib.suppress(RoutesError, OSError):  # gone for a moment: an editor is at it
+        mark = mark_of(path)
+        return read_file(path) == text and mark_of(path) == mark
+    return False
+
+
+def mark_of(path: Path) -> tuple[int, ...]:
+    """What changes when somebody writes to the file, but for two writes within one tick."""
+    stat = os.stat(path)
+    return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino
 
 
 def write_beside(temp: Path, text: str, like: Path) -> None:

@@ -318,6 +318,82 @@ def test_a_change_that_cannot_be_written_is_taken_back(pair, monkeypatch):
     assert a.health()["version"] == b.health()["version"]
 
 
+def while_asked(monkeypatch, one: Member, act: Callable[[], None]) -> None:
+    """Let something happen once, right after the cluster has agreed to a change of `one`."""
+    real, todo = one.cluster.link.call, [act]
+
+    def call(script: str, *args: Any, **more: Any) -> Any:
+        found = real(script, *args, **more)
+        if script == "publish" and todo:
+            todo.pop()()
+        return found
+
+    monkeypatch.setattr(one.cluster.link, "call", call)
+
+
+def test_a_hand_edit_while_the_cluster_is_asked_is_kept_and_the_change_is_a_409(pair, monkeypatch):
+    a, b = pair
+    while_asked(monkeypatch, a, lambda: a.edit("song"))
+
+    with pytest.raises(Refused) as refused:
+        a.add("poem")
+    a.share()
+    b.share()
+
+    assert (refused.value.status, refused.value.kind) == (409, "conflict")
+    assert a.has("song") and b.has("song")
+    assert not a.has("poem") and not b.has("poem")
+    assert a.file.read_text() == b.file.read_text()
+    assert a.health()["version"] == b.health()["version"]
+    assert not a.file.with_name(".routes.json.mine").exists()
+
+
+def test_who_took_the_refused_change_meanwhile_takes_the_hand_edit_after_it(pair, monkeypatch):
+    a, b = pair
+    while_asked(monkeypatch, a, lambda: (a.edit("song"), b.share()))
+
+    with pytest.raises(Refused):
+        a.add("poem")
+    assert b.has("poem")
+    a.share()
+    b.share()
+
+    assert b.has("song") and not b.has("poem")
+    assert not b.file.with_name(".routes.json.mine").exists()
+
+
+def test_a_bad_hand_edit_while_the_cluster_is_asked_stays_and_the_change_is_taken_back(
+    pair, monkeypatch
+):
+    a, b = pair
+    while_asked(monkeypatch, a, lambda: a.file.write_text("{ broken"))
+
+    with pytest.raises(Refused) as refused:
+        a.add("poem")
+    a.store._next_look = 0.0
+    a.share()
+    b.share()
+
+    assert refused.value.status == 409
+    assert a.file.read_text() == "{ broken"
+    assert not a.has("poem") and not b.has("poem")
+    assert a.health()["version"] == b.health()["version"]
+
+
+def test_a_crash_after_that_hand_edit_leaves_it_a_change(pair, member, monkeypatch):
+    a, b = pair
+    while_asked(monkeypatch, a, lambda: a.edit("song"))
+    with pytest.raises(Refused):
+        a.add("poem")
+    a.share()
+
+    a = member("a")
+    b.share()
+
+    assert a.has("song") and b.has("song")
+    assert not a.has("poem") and not b.has("poem")
+
+
 def test_a_hand_edit_that_cannot_be_kept_beside_the_file_is_not_replaced(pair, monkeypatch):
     a, b = pair
     a.add("poem")
