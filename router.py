@@ -43,7 +43,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 from urllib.parse import quote
 
 if __name__ == "__main__":  # from a fresh checkout, with whatever Python was typed
@@ -92,6 +92,9 @@ from parts.prompts import (
 from parts.relay import Relay
 from parts.settings import VERSION, Settings, SettingsError
 from parts.table import BUILT_IN, Model, Table, Upstream, load_table, say_schema_error
+
+if TYPE_CHECKING:
+    from parts.cluster import CircuitState, Cluster
 
 HERE = Path(__file__).resolve().parent
 log = logging.getLogger("llm_router")
@@ -186,6 +189,11 @@ class Circuit:
         return now >= self.hold and (not self.is_open or (now >= self.lease and due))
 
 
+def shared(circuit: Circuit | None) -> tuple[bool, float, float] | None:
+    """What of a circuit the peers know."""
+    return (circuit.is_open, circuit.due, circuit.hold) if circuit else None
+
+
 @dataclass
 class Ticket:
     """Leave to try one model once. `Breakers.settle` it once, whatever happened."""
@@ -202,14 +210,29 @@ class Ticket:
         return self.generation == self.circuit.generation
 
 
+class Peers(Protocol):
+    """Other instances that share these circuits (parts/cluster.py)."""
+
+    def lend(self, model: str, generation: int, lease_s: float) -> float:
+        """0.0 when the probe may go out here, else in how many seconds to ask again; asks Redis."""
+
+    def tell(self, model: str = "", generation: int | None = None) -> None:
+        """Something changed here; with `generation`: that probe of `model` ended. Never waits."""
+
+
+ALL = ""  # no model has this name: all models were reset, also those that only peers know
+
+
 class Breakers:
     """A circuit per model: failing models are passed over, one probe tells when they are back."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, clock: Callable[[], float] = time.monotonic, peers: Peers | None = None):
         self._clock = clock
+        self._peers = peers  # asked and told without the lock
         self._lock = threading.Lock()  # guards all below; never held during I/O or logging
         self._circuits: dict[str, Circuit] = {}
         self._generation = 0
+        self._forgotten: set[str] = set()  # reset, and the peers have yet to hear of it
 
     def admit(self, model: str, lease_s: float, *, early: bool = False) -> Ticket | None:
         """A ticket, or None while the circuit is open; a ticket for an open one is its probe."""
@@ -225,8 +248,19 @@ class Breakers:
             circuit.in_air += 1
             ticket = Ticket(model, circuit, circuit.generation, circuit.is_open)
         if ticket.probe:
+            if self._peers and (wait_s := self._peers.lend(model, ticket.generation, lease_s)):
+                self._leave_to_peers(ticket, wait_s)
+                return None
             log.info("circuit_half_open", {"model": model})
         return ticket
+
+    def _leave_to_peers(self, ticket: Ticket, wait_s: float) -> None:
+        """Another instance probes: the circuit is half-open here too, and asked about later."""
+        now = self._clock()
+        with self._lock:
+            ticket.circuit.in_air -= 1
+            if ticket.is_current:
+                ticket.circuit.lease = now + wait_s
 
     def would_admit(self, model: str) -> bool:
         """True when a request that asked now would get a ticket."""
@@ -256,6 +290,8 @@ class Breakers:
                 ticket.probe = False
         if closes:
             log.info("circuit_closed", {"model": ticket.model})
+            if self._peers is not None:
+                self._peers.tell(ticket.model, ticket.generation)
 
     def settle(self, ticket: Ticket, verdict: str, config: Mapping[str, float], reason: str = "",
                status: int | None = None, retry_after_s: float | None = None) -> None:  # fmt: skip
@@ -270,18 +306,19 @@ class Breakers:
                 return
             ticket.settled = True
             circuit.in_air -= 1
-            if not ticket.is_current:
-                return
-            if ticket.probe:
-                circuit.lease = 0.0
-            elif verdict == "good":
-                circuit.strikes, circuit.first_open = 0, None
-            if verdict == "strike":
-                circuit.reason, circuit.last_status = reason, status
-                opened = self._strike(circuit, now, config, retry_after_s)
+            if ticket.is_current:
+                if ticket.probe:
+                    circuit.lease = 0.0
+                elif verdict == "good":
+                    circuit.strikes, circuit.first_open = 0, None
+                if verdict == "strike":
+                    circuit.reason, circuit.last_status = reason, status
+                    opened = self._strike(circuit, now, config, retry_after_s)
         if opened:
             told = {"model": ticket.model, "reason": reason, "status": status}
             log.warning("circuit_opened", told)
+        if self._peers is not None and (opened or ticket.probe or retry_after_s is not None):
+            self._peers.tell(ticket.model, ticket.generation if ticket.probe else None)
 
     def _strike(self, circuit: Circuit, now: float, config: Mapping[str, float],
                 retry_after_s: float | None) -> bool:  # fmt: skip
@@ -307,7 +344,11 @@ class Breakers:
             chosen = list(self._circuits) if models is None else list(models)
             for model in chosen:
                 self._drop(model)
+            if self._peers is not None:
+                self._forgotten |= {*chosen, *([ALL] if models is None else ())}
         log.info("circuits_reset", {"models": ",".join(chosen)})
+        if self._peers is not None:
+            self._peers.tell()
 
     def keep_only(self, models: frozenset[str]) -> bool:
         """Drop circuits of all other models; False while something of them is in the air."""
@@ -334,6 +375,29 @@ class Breakers:
                     "reason": c.reason, "last_status": c.last_status, "since": c.since}
             for model, c in circuits.items()
         }  # fmt: skip
+
+    def news(self) -> tuple[dict[str, Circuit], set[str]]:
+        """For the peers: a copy of every circuit, and what was reset since they last asked."""
+        with self._lock:
+            circuits = {model: replace(circuit) for model, circuit in self._circuits.items()}
+            forgotten, self._forgotten = self._forgotten, set()
+        return circuits, forgotten
+
+    def hear(self, model: str, state: CircuitState | None, known: Circuit | None) -> bool:
+        """Take over a peer's circuit (None: its reset); False if ours is not as `known` any more.
+
+        What changed here meanwhile is told first: the peers decide which of the two came first.
+        """
+        with self._lock:
+            ours = self._circuits.get(model)
+            if not self._forgotten.isdisjoint((model, ALL)) or shared(ours) != shared(known):
+                return False
+            self._drop(model)
+            if state is not None:
+                heard = self._circuits[model] = Circuit(self._next_generation(), **vars(state))
+                if ours and not (ours.is_open or state.is_open):
+                    heard.strikes = ours.strikes  # before it opens they are each instance's own
+        return True
 
     def _next_generation(self) -> int:
         self._generation += 1
@@ -868,11 +932,12 @@ class Call(Record):
 class Router:
     """Chooses a chain and walks it until a model answers."""
 
-    def __init__(self, settings: Settings, session: requests.Session, clock: Callable[[], float]):
+    def __init__(self, settings: Settings, session: requests.Session, clock: Callable[[], float],
+                 cluster: Cluster | None = None):  # fmt: skip
         self.settings = settings
         self.clock = clock
-        self.store = Store(settings.routes, load_table, clock)
-        self.breakers = Breakers(clock)
+        self.store = Store(settings.routes, load_table, clock, cluster.agree if cluster else None)
+        self.breakers = Breakers(clock, cluster)
         self.flights = Flights(settings.threads, clock)
         self.carrier = Carrier()
         self.upstreams = Upstreams(settings, session)
@@ -881,7 +946,7 @@ class Router:
         self.chooser = Chooser(self.classifier)
         self.rejections = log_rejections(settings.validation_log)
         self._tidied: Table | None = None
-        self.cluster: Any = None  # cluster.Cluster, when other instances share circuits and file
+        self.cluster: Any = cluster  # None: no other instance shares circuits and file
 
     @property
     def table(self) -> Table:
@@ -1499,11 +1564,14 @@ def create_app(settings: Settings | None = None, *, session: requests.Session | 
 
         session.mount("demo://", demo.DemoAdapter(Reply))
     app = App(settings, HERE / "parts/dashboard.html")
-    owner = app.extensions["router"] = Router(settings, session, clock)
+    cluster = None
     if settings.redis_url:
-        from parts import cluster  # only here: one instance alone runs no line of it
+        from parts.cluster import Cluster  # only here: one instance alone runs no line of it
 
-        owner.cluster = cluster.join(owner)
+        cluster = Cluster(settings.redis_url, settings.instance, settings.address[1], clock)
+    owner = app.extensions["router"] = Router(settings, session, clock, cluster)
+    if cluster:
+        cluster.join(owner.store, owner.breakers)
     app.register_blueprint(routes)
     app.before_request(lambda: preflight(flask.request, settings))
     app.before_request(lambda: guard(flask.request, settings))

@@ -156,7 +156,7 @@ def show_probe_cost(server: Redis) -> None:
     took_ms = []
     for n in range(PROBES):
         began = time.monotonic()
-        link.call("probe", keys, "bench", "", f"{link.member}|{n}", 1)
+        link.call("probe", keys, "bench", "", f"{link.member}|{n}", 1, 1000)
         took_ms.append((time.monotonic() - began) * 1000)
         time.sleep(0.002)
     server.client.zrem(cluster.KEYS["instances"], link.member)

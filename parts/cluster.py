@@ -1,21 +1,45 @@
 """More than one instance: the same routes and the same circuits on all, agreed on through Redis.
 
-Requests read local objects only; one thread per instance speaks to Redis beside them, twice a
-second. A request itself asks Redis in one case: before it probes an open circuit, so that one
-probe is out in the whole cluster. A change of the routes asks too, before it is in force.
+A hook. The breakers and the routes file ask a `Cluster` three things (`lend`, `tell`, `agree`) and
+know no more of it; it imports neither of them, and `join` hands it both. One instance alone has
+no hook and runs no line of this: `create_app` imports it only when ROUTER_REDIS_URL is set.
 
-    Link            the connection, the scripts, and whether the cluster can be reached
-    SharedBreakers  router.Breakers, whose openings, closings and resets are seen by all
-    Cluster         the thread, the version of the routes, and what /health and /metrics show
+Who runs what
+    a request     lend    before it probes an open circuit: one question to Redis, so that one
+                          probe is out in the whole cluster
+                  tell    after a circuit opened, closed, was held or reset: leaves a word for the
+                          thread and wakes it; waits for nothing
+    a change      agree   under the folder's lock, when only the rename of the file is left
+    the thread    share   twice a second, and when woken: all the rest
+
+Who may touch what
+    Link.error, since     under Link's lock; `error` is read without it
+    _version              written under the folder's lock, or by the thread if it is unchanged
+                          since that lock was given back; read by all
+    _seen                 written by the thread, read by `lend`
+    _ended                a deque: requests append, the thread takes; each is one atomic step
+    _stale                requests set it, the thread clears it before it reads what it asks for
+    all other fields      the thread alone
+
+Why that is enough
+    - A lease that ended is collected before the circuits are copied. So nobody is given the lease
+      of a probe without being told, before or with it, what came of that probe.
+    - Copies and resets are taken in one step (`news`). What others tell is taken over only if the
+      circuit is still as it was copied; otherwise ours is told first, in the next round, and the
+      script in Redis decides: who has not seen the latest number is refused, and hears it then.
+      A reset is never refused.
+    - `lend` reads `_seen` after its ticket was made, and the thread writes it after the circuit.
+      So a number newer than the ticket belongs to a circuit that has made the ticket void.
+    - Every command that changes something carries the time after which it is void: one that lay
+      in the queue of a hung Redis must not come into force later.
 
 Whenever Redis fails, is slow or full, the instance is alone: it serves on what it knows, asks
-nobody, and joins again by itself. Every command that changes something carries the time after
-which it is void: one that lay in the queue of a hung Redis must not come into force later.
+nobody, and joins again by itself. What Redis holds is read as if a stranger had written it: whole
+if it is short enough and can be meant, or else not at all, with one line in the log (`Odd`).
 
-Redis holds `llm-router:config` (version, text, by), `llm-router:circuits` (model -> sequence
+Redis holds `llm-router:config` (version, text, by, tags), `llm-router:circuits` (model -> sequence
 number and state), `llm-router:seq`, `llm-router:instances`, and a `llm-router:probe:<hash>` for
-each probe that is out. Nothing that a client sends is in a key or a command. Only router.py's
-`create_app` imports this, and only when ROUTER_REDIS_URL is set.
+each probe that is out. Nothing that a client sends is in a key or a command.
 """
 
 from __future__ import annotations
@@ -28,20 +52,18 @@ import re
 import secrets
 import socket
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from parts.errors import Refused, RoutesError
-from parts.livefile import Store, locked, read_file, replace_file
+from parts.errors import Refused
 from parts.logs import now_text, where_it_broke
-from parts.settings import Settings, SettingsError
-from parts.table import Table
-from router import Breakers, Circuit, Router, Ticket
 
 log = logging.getLogger("llm_router")
 
@@ -52,20 +74,32 @@ JOIN_S = 1.0  # a start waits so long for the first sight of the cluster
 ALIVE_S = 4.0  # who has not been seen for so long is gone, and so is its probe
 REFUSED_S = 1.0  # a probe of another instance is asked about at most this often
 RETRY_S = 2.0  # a text that cannot be taken over is tried again after this
+LONGEST_S = 86_400.0  # the schema allows no longer wait before a probe and no longer request
+SLACK_S = 60.0  # how far two clocks that both follow Redis's may be apart before we doubt them
+MOST_TEXT = 8 << 20  # bytes of routes.json; the shipped one has 80 KB
+MOST_ENTRY = 4000  # characters of one circuit; ours have 300
+VERSION = re.compile(r"[0-9]{1,15}-[0-9a-f]{1,64}")
 KEYS = {name: f"llm-router:{name}" for name in ("config", "circuits", "seq", "instances")}
 PROBE = "llm-router:probe:"
 
 # ARGV[1] of each script is the latest time, by Redis's own clock, at which it may begin.
-VOID = """
+# A circuit is `number JSON`; `at` is its number, '' if it has none. A version has at most 100
+# characters. Both are cut, for a stranger's value may be of any length.
+HEAD = """
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 if now > tonumber(ARGV[1]) then return redis.error_reply('LATE') end
+local function start(key, field, length)
+  return string.sub(redis.call('HGET', key, field) or '', 1, length)
+end
+local function at(key, model) return string.match(start(key, model, 20), '^%d*') end
 """
 # A sequence starts with the time, so that an emptied Redis never repeats a number.
 NEXT = """
 local function next_seq(key)
   redis.call('SET', key, t[1] .. '000', 'NX')
-  redis.call('INCR', key)
+  local n = redis.pcall('INCR', key)
+  if type(n) ~= 'number' or n < tonumber(t[1]) then redis.call('SET', key, t[1] .. '001') end
   return redis.call('GET', key)
 end
 """
@@ -73,40 +107,59 @@ SCRIPTS = {
     "look": """
 redis.call('ZADD', KEYS[1], now, ARGV[2])
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - tonumber(ARGV[3]))
-return {t[1], t[2], redis.call('HGET', KEYS[2], 'version') or '',
-        redis.call('GET', KEYS[3]) or '', redis.call('ZRANGE', KEYS[1], 0, -1)}
+local seq = redis.pcall('GET', KEYS[3])
+return {t[1], t[2], start(KEYS[2], 'version', 101),
+        type(seq) == 'string' and string.sub(seq, 1, 20) or '',
+        redis.call('ZRANGE', KEYS[1], 0, 999)}
 """,
     "publish": """
-if (redis.call('HGET', KEYS[1], 'version') or '') ~= ARGV[2] then return 0 end
+if start(KEYS[1], 'version', 101) ~= ARGV[2] then return 0 end
 local tags = (redis.call('HGET', KEYS[1], 'tags') or '') .. string.match(ARGV[3], '%-.*')
 redis.call('HSET', KEYS[1], 'version', ARGV[3], 'text', ARGV[4], 'by', ARGV[5],
            'tags', string.sub(tags, -1700))
 return 1
 """,
+    # The name of a field that is too long to be read, or all four.
+    "routes": """
+for field, most in pairs({version = 100, text = tonumber(ARGV[2]), by = 200, tags = 2000}) do
+  if redis.call('HSTRLEN', KEYS[1], field) > most then return field end
+end
+return redis.call('HMGET', KEYS[1], 'version', 'text', 'by', 'tags')
+""",
+    # The circuits of the models in ARGV[3] and on, each cut; and the names of some others.
+    "circuits": """
+local texts, others, asked = {}, {}, {}
+for n = 3, #ARGV do
+  asked[ARGV[n]] = true
+  local text = redis.call('HGET', KEYS[1], ARGV[n])
+  texts[n - 2] = text and string.sub(text, 1, ARGV[2] + 1)
+end
+for _, name in ipairs(redis.call('HKEYS', KEYS[1])) do
+  if not asked[name] and #name <= 200 and #others < 1000 then others[#others + 1] = name end
+end
+return {texts, others}
+""",
     # Refused (0) when the circuit changed since this instance last saw it; a reset always counts.
     "push": NEXT
     + """
 local model, seen, entry, lease, always = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6] == '1'
-if always or redis.call('GET', KEYS[3]) == lease then redis.call('DEL', KEYS[3]) end
-local at = string.match(redis.call('HGET', KEYS[1], model) or '', '^%d*')
-if entry == '' or not (always or at == '' or at == seen) then return 0 end
+if always or redis.pcall('GET', KEYS[3]) == lease then redis.call('DEL', KEYS[3]) end
+local was = at(KEYS[1], model)
+if entry == '' or not (always or was == '' or was == seen) then return 0 end
 local n = next_seq(KEYS[2])
 redis.call('HSET', KEYS[1], model, n .. ' ' .. entry)
 return n
 """,
-    "forget": NEXT
-    + """
-for n = 2, #ARGV do redis.call('HDEL', KEYS[1], ARGV[n]) end
-return next_seq(KEYS[2])
-""",
+    "forget": "for n = 2, #ARGV do redis.call('HDEL', KEYS[1], ARGV[n]) end",
     # 0: go; -1: look again, it changed; else the milliseconds that another probe may still take.
     "probe": """
 local model, seen, lease, ms = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-if string.match(redis.call('HGET', KEYS[1], model) or '', '^%d*') ~= seen then return -1 end
+if at(KEYS[1], model) ~= seen then return -1 end
 if redis.call('SET', KEYS[3], lease, 'NX', 'PX', ms) then return 0 end
-local holder = string.match(redis.call('GET', KEYS[3]), '^(.*)|')
-if redis.call('ZSCORE', KEYS[2], holder or '') then
-  return math.max(1, redis.call('PTTL', KEYS[3]))
+local held, left = redis.pcall('GET', KEYS[3]), redis.call('PTTL', KEYS[3])
+local holder = type(held) == 'string' and string.match(held, '^(.*)|') or ''
+if left > 0 and left <= tonumber(ARGV[6]) and redis.call('ZSCORE', KEYS[2], holder) then
+  return left
 end
 redis.call('SET', KEYS[3], lease, 'PX', ms)
 return 0
@@ -118,6 +171,10 @@ class Away(Exception):
     """The cluster cannot be reached now."""
 
 
+class Odd(Exception):
+    """Redis holds what no instance writes; the message says what is wrong with it."""
+
+
 class Sight(NamedTuple):
     """What one look at the cluster found."""
 
@@ -126,9 +183,51 @@ class Sight(NamedTuple):
     members: tuple[str, ...]
 
 
-def probe_key(model: str) -> str:
-    """Where the lease of `model`'s probe lies."""
-    return PROBE + hashlib.sha256(model.encode()).hexdigest()[:32]
+@dataclass(frozen=True)
+class CircuitState:
+    """What instances tell each other of a circuit; its times are by this instance's clock."""
+
+    is_open: bool
+    due: float  # 0.0 while it is closed
+    hold: float  # 0.0: none
+    first_open: float | None
+    strikes: int
+    reason: str
+    last_status: int | None
+    since: str
+
+
+class Breakers(Protocol):
+    """What the thread asks of router.Breakers, which says more."""
+
+    def news(self) -> tuple[Mapping[str, Any], set[str]]:
+        """Copies of the circuits, read here by attribute; and what was reset, '' for all."""
+
+    def hear(self, model: str, state: CircuitState | None, known: Any) -> bool:
+        """False when the circuit is not as `known` any more, which is such a copy."""
+
+
+class Store(Protocol):
+    """What the thread asks of livefile.Store, which says more."""
+
+    @property
+    def table(self) -> Any:
+        """The table in force, of which text, etag and chain_ids are read here."""
+
+    def adopt(self, edit: Callable[[Any], str], spare: Callable[[str, str], None]) -> Any:
+        """Write the text that `edit` returns; Refused."""
+
+    def writing(self) -> contextlib.AbstractContextManager[int]:
+        """The folder's lock; OSError."""
+
+    def settled_text(self) -> str | None:
+        """The text in force, under the lock; None while the file holds another."""
+
+    def keep_beside(self, ending: str, text: str) -> Path:
+        """Write a note beside the file, under the lock; OSError."""
+
+    def read_beside(self, ending: str) -> str:
+        """Such a note, or ''."""
 
 
 class Link:
@@ -144,15 +243,12 @@ class Link:
         self.wake = threading.Event()
         self._ahead = 0.0  # Redis's clock minus ours: instances on several machines share it
         self._lock = threading.Lock()  # guards error and since; never held during I/O
-        try:
-            self._redis = redis.Redis.from_url(
-                url, socket_timeout=CALL_S, socket_connect_timeout=CALL_S, protocol=2,
-                retry=Retry(NoBackoff(), 0), decode_responses=True,
-                client_name=re.sub(r"[^\w.:-]", "_", f"llm-router-{instance}", flags=re.ASCII),
-            )  # fmt: skip
-        except ValueError:  # its message would hold the URL, and that a password
-            raise SettingsError("ROUTER_REDIS_URL: cannot be read as a URL") from None
-        self._scripts = {n: self._redis.register_script(VOID + s) for n, s in SCRIPTS.items()}
+        self._redis = redis.Redis.from_url(
+            url, socket_timeout=CALL_S, socket_connect_timeout=CALL_S, protocol=2,
+            retry=Retry(NoBackoff(), 0), decode_responses=True, encoding_errors="replace",
+            client_name=re.sub(r"[^\w.:-]", "_", f"llm-router-{instance}", flags=re.ASCII),
+        )  # fmt: skip
+        self._scripts = {n: self._redis.register_script(HEAD + s) for n, s in SCRIPTS.items()}
 
     @property
     def alone(self) -> bool:
@@ -161,7 +257,7 @@ class Link:
 
     def call(self, script: str, keys: Iterable[str], *args: Any, timely: bool = True) -> Any:
         """What the script returns; Away, once and for all requests, when Redis fails."""
-        until = int((self.shared_time(self.clock()) + VOID_S) * 1000) if timely else 1 << 52
+        until = int((self.clock() + self._ahead + VOID_S) * 1000) if timely else 1 << 52
         try:
             return self._scripts[script](keys=list(keys), args=[until, *args])
         except (redis.RedisError, OSError) as e:
@@ -192,29 +288,31 @@ class Link:
             raise self.lost("timeout")  # who is slow at the limit must not come and go
         seconds, micros, version, seq, members = found
         self._ahead = int(seconds) + int(micros) / 1e6 - (before + self.clock()) / 2
-        return Sight(version, seq, tuple(members))
+        return Sight(version, seq, tuple(m for m in members if len(m) <= 200 and m.isprintable()))
 
-    def routes(self) -> dict[str, str]:
-        """The cluster's routes: version, text, by, and the tags of the last hundred versions."""
-        return dict(self._read(lambda: self._redis.hgetall(KEYS["config"])))
+    def routes(self) -> tuple[str, str, str, str]:
+        """The cluster's version, text, by, and the tags of its last hundred versions; or Odd."""
+        found = self.call("routes", [KEYS["config"]], MOST_TEXT, timely=False)
+        if not isinstance(found, list):
+            raise Odd(f"their {found} is too long")
+        version, text, by, tags = (value or "" for value in found)
+        if version and tag_of(version) != tag_for(text):
+            raise Odd("the text is not the one that the version names")
+        return version, text, by, tags
 
-    def circuits(self) -> dict[str, str]:
-        """{model: sequence number and state} as Redis holds it."""
-        return dict(self._read(lambda: self._redis.hgetall(KEYS["circuits"])))
-
-    def _read(self, command: Callable[[], Any]) -> Any:
-        try:
-            return command()
-        except (redis.RedisError, OSError, UnicodeDecodeError) as e:
-            raise self.lost(word_for(e)) from e
+    def circuits(self, models: Iterable[str]) -> tuple[list[str | None], list[str]]:
+        """What Redis holds of each of `models`, and the names of other models there."""
+        keys = [KEYS["circuits"]]
+        texts, others = self.call("circuits", keys, MOST_ENTRY, *models, timely=False)
+        return texts, others
 
     def shared_time(self, at: float) -> float:
-        """A moment of our clock by Redis's clock."""
-        return at + self._ahead
+        """A moment of our clock by Redis's clock; 0.0 stays 0.0, it means none."""
+        return at and at + self._ahead
 
     def local_time(self, at: float) -> float:
         """A moment of Redis's clock by ours."""
-        return at - self._ahead
+        return at and at - self._ahead
 
 
 def word_for(e: Exception) -> str:
@@ -232,244 +330,12 @@ def word_for(e: Exception) -> str:
     return next((word for kind, word in kinds.items() if isinstance(e, kind)), "refused")
 
 
-View = tuple[bool, float, float]
-NEW: View = (False, 0.0, 0.0)
-
-
-def view_of(circuit: Circuit) -> View:
-    """What of a circuit is shared: strikes before it opens are each instance's own."""
-    return circuit.is_open, circuit.due if circuit.is_open else 0.0, circuit.hold
-
-
-class SharedBreakers(Breakers):
-    """Breakers whose openings, holds, closings, resets and probes are the cluster's."""
-
-    def __init__(self, link: Link):
-        super().__init__(link.clock)
-        self._link = link
-        # All guarded by _lock. A model is dirty while its state or its lease has yet to be told.
-        self._dirty: dict[str, str] = {}  # model -> its lease to give back, or ""
-        self._reset: set[str] = set()  # told whatever the cluster knows
-        self._reset_all = False
-        self._told: dict[str, View] = {}  # as last told or heard
-        self._seen: dict[str, str] = {}  # model -> sequence number
-
-    def admit(self, model: str, lease_s: float, *, early: bool = False) -> Ticket | None:
-        """As in Breakers; a probe also needs the cluster's lease, while the cluster is in reach."""
-        if self._link.alone:
-            return super().admit(model, lease_s, early=early)
-        asked = self._about_to_probe(model, early)
-        if asked is None:
-            ticket = super().admit(model, lease_s, early=early)
-            if not (ticket and ticket.probe):
-                return ticket
-            super().settle(ticket, "none", {})  # due since a moment: the next one asks for it
-            return None
-        circuit, generation, seen = asked
-        wait_ms = self._take_lease(model, generation, seen, lease_s)
-        ticket = Ticket(model, circuit, generation, True)
-        if not self._goes(ticket, wait_ms, lease_s):
-            return None
-        log.info("circuit_half_open", {"model": model})
-        return ticket
-
-    def _goes(self, ticket: Ticket, wait_ms: float, lease_s: float) -> bool:
-        """True when the probe is in the air now: it got its lease, and nobody reset it since."""
-        now, circuit = self._clock(), ticket.circuit
-        with self._lock:
-            if not ticket.is_current:
-                if wait_ms == 0:  # a lease for nothing
-                    self._dirty.setdefault(ticket.model, self._lease(ticket.generation))
-                return False
-            if wait_ms:
-                circuit.lease = now + min(wait_ms / 1000, REFUSED_S)
-                return False
-            circuit.lease = now + lease_s
-            circuit.in_air += 1
-            return True
-
-    def _about_to_probe(self, model: str, early: bool) -> tuple[Circuit, int, str] | None:
-        """The circuit, if this request would probe it; others see it half-open from now on."""
-        now = self._clock()
-        with self._lock:
-            circuit = self._circuits.get(model)
-            if circuit is None or not circuit.is_open or not circuit.lets_go(now, early):
-                return None
-            circuit.lease = now + 10 * CALL_S
-            circuit.generation = self._next_generation()
-            return circuit, circuit.generation, self._seen.get(model, "")
-
-    def _take_lease(self, model: str, generation: int, seen: str, lease_s: float) -> float:
-        """0 when the probe is ours, else the milliseconds after which to ask again."""
-        keys = KEYS["circuits"], KEYS["instances"], probe_key(model)
-        args = model, seen, self._lease(generation), max(1, int(lease_s * 1000))
-        try:
-            answer = int(self._link.call("probe", keys, *args))
-        except Away:
-            return 0  # nobody to agree with: the probe is this instance's own
-        if answer < 0:
-            self._link.wake.set()
-        return answer if answer >= 0 else CALL_S * 1000
-
-    def _lease(self, generation: int) -> str:
-        return f"{self._link.member}|{generation}"
-
-    def commit(self, ticket: Ticket, threshold: float) -> None:
-        """As in Breakers; the cluster hears of a circuit that closes."""
-        was_probe = ticket.probe
-        super().commit(ticket, threshold)
-        if was_probe and not ticket.probe:
-            self._note(ticket.model, self._lease(ticket.generation))
-
-    def settle(self, ticket: Ticket, verdict: str, config: Mapping[str, float], reason: str = "",
-               status: int | None = None, retry_after_s: float | None = None) -> None:  # fmt: skip
-        """As in Breakers; the cluster hears of an opening, of a hold and of a probe that ended."""
-        was_probe = ticket.probe and not ticket.settled
-        super().settle(ticket, verdict, config, reason, status, retry_after_s)
-        self._note(ticket.model, self._lease(ticket.generation) if was_probe else "")
-
-    def _note(self, model: str, lease: str) -> None:
-        """Have the thread tell the others, if there is anything to tell."""
-        with self._lock:
-            circuit = self._circuits.get(model)
-            view = view_of(circuit) if circuit else NEW
-            news = circuit is not None and view != self._told.get(model, NEW)
-            if news or lease:
-                self._told[model] = view
-                self._dirty[model] = lease or self._dirty.get(model, "")
-        if news or lease:
-            self._link.wake.set()
-
-    def reset(self, models: Iterable[str] | None = None) -> None:
-        """As in Breakers, on all instances."""
-        given = None if models is None else list(models)
-        with self._lock:  # all at once: nothing old is heard between the two
-            chosen = list(self._circuits) if given is None else given
-            for model in chosen:
-                self._drop(model)
-            self._reset.update(chosen)
-            self._reset_all |= given is None
-        log.info("circuits_reset", {"models": ",".join(chosen)})
-        self._link.wake.set()
-
-    def _drop(self, model: str) -> None:
-        super()._drop(model)
-        self._told.pop(model, None)
-        self._seen.pop(model, None)
-
-    # What follows is called by the cluster's thread alone.
-
-    def push(self) -> None:
-        """Tell the cluster what changed here. Who was overtaken by news hears them in `pull`."""
-        everything = self._reset_all
-        known = self._link.circuits() if everything else {}
-        with self._lock:
-            self._reset.update(known)
-            self._reset_all &= not everything
-            models = {*self._reset, *self._dirty}
-        for model in models:
-            self._push_one(model)
-
-    def _push_one(self, model: str) -> None:
-        with self._lock:
-            is_reset, lease = model in self._reset, self._dirty.pop(model, "")
-            self._reset.discard(model)
-            circuit, seen = self._circuits.get(model), self._seen.get(model, "")
-            if is_reset and circuit and view_of(circuit) == NEW:
-                circuit = None
-            entry = self._entry(circuit)  # after a reset: what became of it since
-        text = json.dumps(entry) if is_reset or circuit else ""
-        keys = KEYS["circuits"], KEYS["seq"], probe_key(model)
-        try:
-            seq = self._link.call("push", keys, model, seen, text, lease, int(is_reset))
-        except Away:
-            with self._lock:
-                self._dirty.setdefault(model, lease)
-                self._reset.update([model] if is_reset else ())
-            raise
-        with self._lock:
-            if seq and self._seen.get(model, "") == seen:
-                self._seen[model] = str(seq)
-
-    def _entry(self, circuit: Circuit | None) -> dict[str, Any]:
-        """A circuit as the cluster knows it, its times by Redis's clock; None: forgotten."""
-        if circuit is None:
-            return {"gone": True, "by": self._link.instance}
-        shared = self._link.shared_time
-        first = circuit.first_open
-        return {"open": circuit.is_open, "due": shared(circuit.due), "hold": shared(circuit.hold),
-                "first_open": None if first is None else shared(first),
-                "strikes": circuit.strikes, "reason": circuit.reason,
-                "status": circuit.last_status, "since": circuit.since,
-                "by": self._link.instance}  # fmt: skip
-
-    def pull(self, models: frozenset[str], tidy: bool) -> None:
-        """Take over what changed elsewhere; `tidy`: all but `models` are forgotten by all."""
-        found = self._link.circuits()
-        others = [model for model in found if model not in models]
-        if others and tidy:
-            self._link.call("forget", (KEYS["circuits"], KEYS["seq"]), *others)
-        for model in models & found.keys():
-            self._hear(model, *found[model].partition(" ")[::2])
-        with self._lock:  # an emptied Redis is told again
-            lost = [model for model in models & (self._circuits.keys() - found.keys())
-                    if view_of(self._circuits[model]) != NEW]  # fmt: skip
-            for model in lost:
-                self._dirty.setdefault(model, "")
-        if lost:
-            self._link.wake.set()
-
-    def _hear(self, model: str, seq: str, text: str) -> None:
-        """Take over one circuit, unless it is known or has news of its own to tell first."""
-        try:
-            entry = json.loads(text)
-            heard = entry.get("gone") or heard_circuit(entry, self._link.local_time)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return  # not ours; a newer version's, perhaps
-        with self._lock:
-            if self._seen.get(model) == seq or self._has_news(model):
-                return
-            is_news = model in self._circuits or (heard is not True and view_of(heard) != NEW)
-            if heard is True:
-                self._drop(model)
-            else:
-                self._take_over(model, heard)
-            self._seen[model] = seq
-        state = "reset" if heard is True else "open" if heard.is_open else "closed"
-        if is_news:
-            told = {"model": model, "state": state, "by": str(entry.get("by"))}
-            log.info("circuit_heard", told)
-
-    def _has_news(self, model: str) -> bool:
-        return self._reset_all or model in self._reset or model in self._dirty
-
-    def _take_over(self, model: str, heard: Circuit) -> None:
-        circuit = self._circuits.setdefault(model, heard)
-        if heard.is_open or circuit.is_open:
-            circuit.strikes = heard.strikes
-        circuit.is_open, circuit.due, circuit.hold = heard.is_open, heard.due, heard.hold
-        circuit.first_open, circuit.reason = heard.first_open, heard.reason
-        circuit.last_status, circuit.since = heard.last_status, heard.since
-        circuit.lease, circuit.generation = 0.0, self._next_generation()  # in the air: void
-        self._told[model] = view_of(circuit)
-
-
-def heard_circuit(entry: Mapping[str, Any], local: Callable[[float], float]) -> Circuit:
-    """The circuit that another instance told of; ValueError, KeyError or TypeError if none."""
-    first, status = entry["first_open"], entry["status"]
-    return Circuit(
-        0, strikes=int(entry["strikes"]), is_open=bool(entry["open"]),
-        first_open=None if first is None else local(float(first)),
-        due=local(float(entry["due"])), hold=local(float(entry["hold"])),
-        reason=str(entry["reason"]), last_status=None if status is None else int(status),
-        since=str(entry["since"]),
-    )  # fmt: skip
+# --- what is read from Redis ---------------------------------------------------------------------
 
 
 def number_of(version: str) -> int:
     """How many changes led to a version; 0 for none."""
-    number = version.partition("-")[0]
-    return int(number) if number.isdecimal() and number.isascii() else 0
+    return int(version.partition("-")[0] or 0)
 
 
 def tag_of(version: str) -> str:
@@ -477,21 +343,110 @@ def tag_of(version: str) -> str:
     return version.partition("-")[2]
 
 
-class Cluster:
-    """This instance's place in the cluster: the thread, and the version of the routes it is on."""
+def tag_for(text: str) -> str:
+    """The ETag of a table with this text, without making one."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def __init__(self, link: Link, store: Store, breakers: SharedBreakers, given: Path):
-        self.link = link
-        self._store = store
-        self._breakers = breakers
-        self._note = given.with_name(f".{given.name}.cluster")
-        self._mine = given.with_name(f".{given.name}.mine")
-        self._noted = self._version = self._read_note()  # set under the folder's lock
-        self._members: tuple[str, ...] = ()
-        self._heard = ""  # the sequence number up to which circuits are known
+
+def probe_key(model: str) -> str:
+    """Where the lease of `model`'s probe lies."""
+    return PROBE + hashlib.sha256(model.encode()).hexdigest()[:32]
+
+
+View = tuple[bool, float, float]
+NEW: View = (False, 0.0, 0.0)
+
+
+def view_of(circuit: Any) -> View:
+    """What of a circuit is shared: strikes before it opens are each instance's own."""
+    if circuit is None:
+        return NEW
+    return circuit.is_open, circuit.due if circuit.is_open else 0.0, circuit.hold
+
+
+def entry_of(circuit: Any, link: Link) -> dict[str, Any]:
+    """A circuit as the cluster knows it, its times by Redis's clock; None: forgotten."""
+    if circuit is None:
+        return {"gone": True, "by": link.instance}
+    first = circuit.first_open
+    return {"open": circuit.is_open, "due": link.shared_time(view_of(circuit)[1]),
+            "hold": link.shared_time(circuit.hold),
+            "first_open": None if first is None else link.shared_time(first),
+            "strikes": circuit.strikes, "reason": circuit.reason, "status": circuit.last_status,
+            "since": circuit.since, "by": link.instance}  # fmt: skip
+
+
+def read_entry(text: str, link: Link) -> tuple[CircuitState | None, str]:
+    """The circuit that another instance told of (None: it was reset), and who; or Odd."""
+    if len(text) > MOST_ENTRY:
+        raise Odd("too long")
+    try:
+        entry = json.loads(text.partition(" ")[2])
+    except (ValueError, RecursionError):
+        raise Odd("not JSON") from None
+    if not isinstance(entry, dict):
+        raise Odd("not an object")
+    by = word_in(entry, "by")
+    if entry.get("gone") is True:
+        return None, by
+    now = link.shared_time(link.clock())
+    soon, latest = now + SLACK_S, now + SLACK_S + LONGEST_S
+    first, status, is_open = entry.get("first_open"), entry.get("status"), entry.get("open")
+    if type(is_open) is not bool:
+        raise Odd("open is neither true nor false")
+    due, hold = number_in(entry, "due", latest), number_in(entry, "hold", latest)
+    return CircuitState(
+        is_open, link.local_time(due) if is_open else 0.0, link.local_time(hold),
+        None if first is None else link.local_time(number_in(entry, "first_open", soon)),
+        int(number_in(entry, "strikes", 1e9)), word_in(entry, "reason"),
+        None if status is None else int(number_in(entry, "status", 999)), word_in(entry, "since"),
+    ), by  # fmt: skip
+
+
+def number_in(entry: Mapping[str, Any], key: str, most: float) -> float:
+    """The number from 0 to `most` under `key`; NaN is none."""
+    value: Any = entry.get(key)
+    if type(value) not in (int, float) or not 0 <= value <= most:
+        raise Odd(f"{key} is no number that can be meant")
+    return float(value)
+
+
+def word_in(entry: Mapping[str, Any], key: str) -> str:
+    """The short printable text under `key`."""
+    value = entry.get(key)
+    if not isinstance(value, str) or len(value) > 200 or not value.isprintable():
+        raise Odd(f"{key} is no short text")
+    return value
+
+
+class Cluster:
+    """This instance's place in the cluster: the three hooks, and the thread behind them."""
+
+    _store: Store
+    _breakers: Breakers
+
+    def __init__(self, url: str, instance: str, port: int, clock: Callable[[], float]):
+        self.link = Link(url, instance or f"{socket.gethostname()}:{port}", clock)
+        self._version = self._noted = ""  # of the routes we are on; and what the note says
         self._behind: str | None = None  # why the cluster's text could not be taken over
         self._retry_at = 0.0
+        self._members: tuple[str, ...] = ()
+        self._told: dict[str, View] = {}  # circuits as last told or heard
+        self._seen: dict[str, str] = {}  # model -> sequence number
+        self._resets: set[str] = set()  # told whatever the cluster knows
+        self._ended: deque[tuple[str, str]] = deque()  # (model, lease) of probes
+        self._leases: dict[str, str] = {}  # those that have yet to be given back
+        self._odd: set[str] = set()  # models whose entry was complained of
+        self._stale = False  # circuits must be read although no number says so
+        self._heard = ("", "")  # sequence number and version up to which circuits are known
         self._first = threading.Event()
+
+    def join(self, store: Store, breakers: Breakers) -> None:
+        """Share these two from now on; they serve alone while Redis is out of reach."""
+        self._store, self._breakers = store, breakers
+        note = store.read_beside("cluster").strip()
+        self._noted = self._version = note if VERSION.fullmatch(note) else ""
+        self.start()
 
     def start(self) -> None:
         """Begin to share; waits for the first sight of the cluster, but not long."""
@@ -511,27 +466,39 @@ class Cluster:
             self.link.wake.wait(TICK_S)
             self.link.wake.clear()
 
-    def share(self) -> None:
-        """One round: look, agree on the routes, tell and hear of circuits. Away when it fails."""
-        sight = self.link.look()
-        self._members = sight.members
-        before = self._version
-        with contextlib.suppress(OSError):  # the folder is not writable: nothing can be agreed on
-            self._agree_on_routes(sight.version)
-            self._write_note()
-        self._breakers.push()
-        if sight.seq != self._heard or before != self._version or self.link.alone:
-            tidy = self._version == sight.version and not self._behind
-            self._breakers.pull(self._store.table.chain_ids, tidy)
-            self._heard = sight.seq
-        if self.link.found():
-            about = {"instance": self.link.instance, "version": self._version}
-            log.info("cluster_joined", {**about, "instances": ",".join(self._names())})
+    # --- the hooks: called by requests ------------------------------------------------------------
 
-    # --- the routes ------------------------------------------------------------------------------
+    def lend(self, model: str, generation: int, lease_s: float) -> float:
+        """0.0 when the probe is this instance's, else in how many seconds to ask again."""
+        if self.link.alone:
+            return 0.0
+        keys = KEYS["circuits"], KEYS["instances"], probe_key(model)
+        args = self._seen.get(model, ""), self._lease(generation), max(1, int(lease_s * 1000))
+        try:
+            left = int(self.link.call("probe", keys, model, *args, int(LONGEST_S * 1000)))
+        except Away:
+            return 0.0  # nobody to agree with: the probe is this instance's own
+        if left < 0:
+            self._stale = True
+            self.link.wake.set()
+            return CALL_S
+        return min(left / 1000, REFUSED_S)
+
+    def tell(self, model: str = "", generation: int | None = None) -> None:
+        """Have the thread tell the others; `generation` of `model` was a probe, and ended."""
+        if generation is not None:
+            self._ended.append((model, self._lease(generation)))
+        self.link.wake.set()
+
+    def _lease(self, generation: int) -> str:
+        return f"{self.link.member}|{generation}"
 
     def agree(self, before: str, after: str) -> None:
-        """Store's word before a change is in force: 409 on an old version, 503 without Redis."""
+        """The cluster's word before a change is in force: 409 on an old version, 503 without Redis.
+
+        If the file cannot be replaced after this, the version is ahead of it; the next round finds
+        another text in the file than the version names, and offers that as it does a hand edit.
+        """
         try:
             if self.link.alone:
                 raise Away
@@ -548,101 +515,186 @@ class Cluster:
 
     def _publish(self, expected: str, text: str) -> str:
         """The new version, if the cluster was on `expected` and has `text` now; else ''."""
+        if len(text.encode()) > MOST_TEXT:
+            why = f"routes over {MOST_TEXT >> 20} MB are not shared; nothing changed"
+            raise Refused(422, "invalid_request_error", why)
         tag = tag_for(text)
         same = tag == tag_of(self._version)
         version = self._version if same else f"{number_of(self._version) + 1}-{tag}"
         args = expected, version, text, self.link.instance
         return version if self.link.call("publish", [KEYS["config"]], *args) else ""
 
+    # --- the thread -------------------------------------------------------------------------------
+
+    def share(self) -> None:
+        """One round: look, agree on the routes, tell and hear of circuits. Away when it fails."""
+        sight = self.link.look()
+        self._members = sight.members
+        with contextlib.suppress(OSError):  # the folder is not writable: nothing can be agreed on
+            self._agree_on_routes(sight.version)
+            self._write_note()
+        circuits = self._tell_circuits()
+        news = sight.seq, self._version
+        if self._stale or self.link.alone or news != self._heard:
+            self._stale, self._heard = False, news
+            tidy = self._version == sight.version and not self._behind
+            self._hear_circuits(circuits, tidy)
+        if self.link.found():
+            about = {"instance": self.link.instance, "version": self._version}
+            log.info("cluster_joined", {**about, "instances": ",".join(self._names())})
+
+    # --- the routes -------------------------------------------------------------------------------
+
     def _agree_on_routes(self, version: str) -> None:
         """Take the cluster's version, or offer ours: after a hand edit, or to an emptied Redis."""
         ours = self._version
-        self._behind = None if version == ours else self._behind
-        if version != ours and version and number_of(version) >= number_of(ours):
-            self._take(version, ours)
-        elif version != ours:
-            self._offer(version)
-        if self._store.table.etag != tag_of(self._version) and not self._behind:
-            self._offer(self._version)
+        try:
+            if version and not VERSION.fullmatch(version):
+                raise Odd("their version is none")
+            if version == ours:
+                if self._store.table.etag != tag_of(ours):
+                    self._offer(ours)
+                self._behind = None
+            elif version and number_of(version) >= number_of(ours):
+                self._take(ours)
+            else:
+                self._offer(version)
+        except (Refused, Odd) as e:
+            kind, was = getattr(e, "kind", "odd"), self._behind
+            self._behind, self._retry_at = kind, self.link.clock() + RETRY_S
+            if was != kind:
+                log.error("cluster_routes_refused", {"version": version, "why": str(e)})
 
     def _offer(self, expected: str) -> None:
         """Publish the table in force; refused is as good: the next round takes the newer one."""
-        with locked(self._store.path.parent, wait=True):
-            text = self._store.table.text
-            edited = not self._store.error and read_text(self._store.path) != text
-            if edited or (expected == self._version and tag_for(text) == tag_of(expected)):
+        with self._store.writing():
+            text = self._store.settled_text()
+            if text is None or (expected == self._version and tag_for(text) == tag_of(expected)):
                 return  # in the middle of a change: the next round will see
             version = self._publish(expected, text)
             self._version = version or self._version
         if version:
+            self._behind = None
             about = {"instance": self.link.instance, "version": version}
             log.info("cluster_routes_offered", about)
 
-    def _take(self, version: str, ours: str) -> None:
+    def _take(self, ours: str) -> None:
         """Bring the cluster's text into force here, by the same checked path as any change."""
         if self._behind and self.link.clock() < self._retry_at:
             return
-        found = self.link.routes()
-        if not {"version", "text"} <= found.keys():
-            return
-        version, text = found["version"], found["text"]
+        version, text, by, tags = self.link.routes()
+        if not version:
+            return  # emptied since the look
         # A text that the cluster had once is no hand edit: a worker that is being replaced, or a
         # neighbour with the same file, may have written it.
-        known = {tag_of(version), tag_of(ours), *found.get("tags", "").split("-")}
-        try:
-            spared = self._adopt(text, ours, known)
-        except Refused as e:
-            self._fall_behind(e, version)
-            return
+        known = {tag_of(version), tag_of(ours), *tags.split("-")}
+
+        def edit(table: Any) -> str:
+            """The cluster's text, unless a change was made here meanwhile, on top of this one."""
+            return table.text if self._version != ours else text
+
+        def spare(before: str, after: str) -> None:
+            """Keep a hand edit that came too late beside the file, before it is replaced."""
+            if tag_for(before) not in known:
+                kept = self._store.keep_beside("mine", before)
+                log.warning("cluster_file_kept", {"kept_in": str(kept)})
+
+        self._store.adopt(edit, spare)
         self._behind = None
         if self._version == ours:
             self._version = version
-            about = {"instance": self.link.instance, "version": version,
-                     "by": found.get("by", "")}  # fmt: skip
+            about = {"instance": self.link.instance, "version": version, "by": by}
             log.info("cluster_routes_taken", about)
-        if spared:
-            self._spare(spared)
-
-    def _adopt(self, text: str, ours: str, known: set[str]) -> str:
-        """Write `text` to the file; what stood there, if that was a hand edit, else ''."""
-        spared = [""]
-
-        def edit(table: Table) -> str:
-            """The cluster's text, under the folder's lock."""
-            if self._version != ours:  # a change was made here meanwhile, on top of this one
-                return table.text
-            spared[0] = "" if table.etag in known else table.text
-            return text
-
-        self._store.adopt(edit)
-        return spared[0]
-
-    def _fall_behind(self, e: Refused, version: str) -> None:
-        self._retry_at = self.link.clock() + RETRY_S
-        if self._behind != e.kind:
-            log.error("cluster_routes_refused", {"version": version, "why": str(e)})
-        self._behind = e.kind
-
-    def _spare(self, text: str) -> None:
-        """Keep a hand edit that came too late beside the file."""
-        self._keep(self._mine, text)
-        log.warning("cluster_file_kept", {"kept_in": str(self._mine)})
-
-    def _keep(self, path: Path, text: str) -> None:
-        with locked(self._store.path.parent, wait=True):
-            replace_file(path, text, like=self._store.path)
 
     def _write_note(self) -> None:
         """Keep the version beside the file: a restart knows by it whether the file was edited."""
         if self._noted != self._version and not self._behind:
-            version = self._version
-            self._keep(self._note, version + "\n")
+            with self._store.writing():
+                version = self._version
+                self._store.keep_beside("cluster", version + "\n")
             self._noted = version
 
-    def _read_note(self) -> str:
-        return read_text(self._note).strip()[:80]
+    # --- circuits ---------------------------------------------------------------------------------
 
-    # --- what is shown ---------------------------------------------------------------------------
+    def _tell_circuits(self) -> Mapping[str, Any]:
+        """Tell the cluster what changed here; the circuits as they were when that was found."""
+        while self._ended:
+            self._leases.update([self._ended.popleft()])
+        circuits, reset = self._breakers.news()
+        self._resets |= reset
+        if "" in self._resets:  # all: also those that only others know
+            self._resets |= {*self.link.circuits([])[1]}
+            self._resets.discard("")
+        for model in self._told.keys() - circuits.keys():  # reset, or in no chain any more
+            del self._told[model]
+            self._seen.pop(model, None)
+        changed = {m for m, c in circuits.items() if view_of(c) != self._told.get(m, NEW)}
+        for model in self._resets | self._leases.keys() | changed:
+            self._tell_one(model, circuits.get(model), model in changed)
+        return circuits
+
+    def _tell_one(self, model: str, circuit: Any, changed: bool) -> None:
+        is_reset, lease = model in self._resets, self._leases.get(model, "")
+        if is_reset and not changed:
+            circuit = None  # else: what became of it since the reset
+        entry = json.dumps(entry_of(circuit, self.link)) if is_reset or changed else ""
+        keys = KEYS["circuits"], KEYS["seq"], probe_key(model)
+        seen = self._seen.get(model, "")
+        seq = self.link.call("push", keys, model, seen, entry, lease, int(is_reset))
+        self._resets.discard(model)
+        self._leases.pop(model, None)
+        if entry:
+            self._note(model, view_of(circuit))
+        if seq:
+            self._seen[model] = str(seq)
+        elif entry:
+            self._stale = True  # overtaken by news
+
+    def _note(self, model: str, view: View) -> None:
+        """Remember what the others know by now."""
+        self._told[model] = view
+        if view == NEW:
+            del self._told[model]
+
+    def _hear_circuits(self, circuits: Mapping[str, Any], tidy: bool) -> None:
+        """Take over what changed elsewhere; `tidy`: all but the table's models go, for all."""
+        models = sorted(self._store.table.chain_ids)
+        texts, others = self.link.circuits(models)
+        if others and tidy:
+            self.link.call("forget", [KEYS["circuits"]], *others)
+        self._seen = {m: self._seen[m] for m in models if m in self._seen}
+        for model, text in zip(models, texts, strict=True):
+            if text is not None:
+                self._hear(model, text, circuits.get(model))
+            elif view_of(circuits.get(model)) != NEW:  # an emptied Redis is told again
+                self._told.pop(model, None)
+                self._seen.pop(model, None)
+                self.link.wake.set()
+
+    def _hear(self, model: str, text: str, known: Any) -> None:
+        """Take over one circuit, unless it is known, odd, or ours changed and is told first."""
+        seq = str(re.match(r"[0-9]*", text[:20])[0])  # type: ignore[index]  # as `at` in the scripts
+        if self._seen.get(model) == seq:
+            return
+        try:
+            state, by = read_entry(text, self.link)
+        except Odd as e:
+            self._seen[model] = seq  # what we tell next goes in its place
+            if model not in self._odd:
+                self._odd.add(model)
+                log.warning("cluster_odd", {"model": model, "why": str(e)})
+            return
+        if not self._breakers.hear(model, state, known):
+            self._stale = True
+            return
+        self._seen[model] = seq
+        self._odd.discard(model)
+        self._note(model, view_of(state))
+        if known is not None or view_of(state) != NEW:
+            word = "reset" if state is None else "open" if state.is_open else "closed"
+            log.info("circuit_heard", {"model": model, "state": word, "by": by})
+
+    # --- what is shown ----------------------------------------------------------------------------
 
     def _names(self) -> list[str]:
         return sorted({member.rpartition("#")[0] for member in self._members})
@@ -662,31 +714,3 @@ class Cluster:
         others = [] if self.link.alone else self._names()
         return {"instance": self.link.instance,
                 "instances": [name for name in others if name != self.link.instance]}  # fmt: skip
-
-
-def tag_for(text: str) -> str:
-    """The ETag of a table with this text, without making one."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def read_text(path: Path) -> str:
-    """The text of a file, or '' when it cannot be read."""
-    try:
-        return read_file(path)
-    except RoutesError:
-        return ""
-
-
-def instance_name(settings: Settings) -> str:
-    """ROUTER_INSTANCE, or the machine's name and our port."""
-    return settings.instance or f"{socket.gethostname()}:{settings.address[1]}"
-
-
-def join(owner: Router) -> Cluster:
-    """Make `owner` share its circuits and routes; it serves alone while Redis is out of reach."""
-    link = Link(owner.settings.redis_url, instance_name(owner.settings), owner.clock)
-    breakers = owner.breakers = SharedBreakers(link)
-    cluster = Cluster(link, owner.store, breakers, owner.settings.routes)
-    owner.store.agree = cluster.agree
-    cluster.start()
-    return cluster

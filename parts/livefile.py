@@ -2,6 +2,11 @@
 
 `Store.table` is the last good table; a bad edit never takes it away. `Store.change` applies one
 change to the text on disk and touches no other byte of it.
+
+Programs take turns by a lock on the folder; people's editors know nothing of it. So the file is
+looked at once more right before the rename, when the new text is on the disk and the peers, if
+there are any, have agreed. What remains are about ten microseconds between that look and the
+rename, and an editor that goes on writing into the file it opened before.
 """
 
 from __future__ import annotations
@@ -33,6 +38,8 @@ class Text(Protocol):
 
 
 T = TypeVar("T", bound=Text)
+# Called with (text on disk, new text) when only the rename is left; may raise Refused.
+Agree = Callable[[str, str], None]
 
 
 LOOK_EVERY_S = 0.5  # how often a request looks at routes.json; a change is seen within 1 s
@@ -45,18 +52,21 @@ class Store(Generic[T]):
     """The routes file and the table read from it. `table` is always the last good one."""
 
     def __init__(
-        self, path: Path, load: Callable[[str], T], clock: Callable[[], float] = time.monotonic
+        self,
+        path: Path,
+        load: Callable[[str], T],
+        clock: Callable[[], float] = time.monotonic,
+        agree: Agree | None = None,
     ):
         self._load = load  # a text's table; RoutesError when it is none
         self._given = path.absolute()  # perhaps a symlink, which may be swapped for another
-        self._last_good = self._given.with_name(f".{path.name}.last-good")
+        self._last_good = self._beside("last-good")
         self._clock = clock
+        self._agree = agree  # the peers' word on a change; None: there are none
         self._lock = threading.Lock()  # guards the look at the file and the swap
         self._seen: tuple[int, ...] = ()
         self._next_look = 0.0
         self._kept = ""  # the text in the last-good copy
-        # Asked with (text in force, new text) before a change is in force: may raise Refused.
-        self.agree: Callable[[str, str], None] | None = None
         self.error: str | None = None
         self.error_since: str | None = None
         self._table = self._first_table()
@@ -91,9 +101,8 @@ class Store(Generic[T]):
     def _look(self) -> None:
         self._next_look = self._clock() + LOOK_EVERY_S
         try:
-            stat = os.stat(self.path)
-            seen = (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino)
-            young = time.time() - max(stat.st_mtime, stat.st_ctime) <= YOUNG_S
+            seen = mark_of(self.path)
+            young = time.time() - max(seen[:2]) / 1e9 <= YOUNG_S
             if seen != self._seen or young:
                 self._take_up(read_file(self.path))
                 self._seen = seen
@@ -126,10 +135,6 @@ class Store(Generic[T]):
                     replace_file(self._last_good, text, like=self.path)
             self._kept = text
 
-    def adopt(self, edit: Callable[[T], str]) -> T:
-        """As `change`, for a text that others agreed on already: nobody is asked."""
-        return self._change(edit, None, None)
-
     def change(self, edit: Callable[[T], str], if_match: str | None = None) -> T:
         """The table after `edit` (table -> new text) was checked and written, or Refused.
 
@@ -137,12 +142,42 @@ class Store(Generic[T]):
         lock file is left behind. Nothing is written unless everything fits: 409 while the file on
         disk is bad, 412 when `if_match` names another version, 503 when it cannot be written.
         """
-        return self._change(edit, if_match, self.agree)
+        return self._change(edit, if_match, self._agree)
+
+    # What follows is for the peers' thread, which writes what was agreed on already.
+
+    def adopt(self, edit: Callable[[T], str], spare: Agree) -> T:
+        """As `change`, for a text of the peers; `spare` may keep what it replaces."""
+        return self._change(edit, None, spare)
+
+    def writing(self) -> contextlib.AbstractContextManager[int]:
+        """The writers' lock, for more than one step; OSError."""
+        return locked(self.path.parent, wait=True)
+
+    def settled_text(self) -> str | None:
+        """The text in force, under the lock; None while the file holds an edit yet to be seen."""
+        text = self.table.text
+        return text if self.error or holds(self.path, text) else None
+
+    def keep_beside(self, ending: str, text: str) -> Path:
+        """Write a note of ours beside the file, under the lock; OSError."""
+        path = self._beside(ending)
+        replace_file(path, text, like=self.path)
+        return path
+
+    def read_beside(self, ending: str) -> str:
+        """That note, or ''."""
+        with contextlib.suppress(RoutesError):
+            return read_file(self._beside(ending))
+        return ""
+
+    def _beside(self, ending: str) -> Path:
+        return self._given.with_name(f".{self._given.name}.{ending}")
 
     def _change(self, edit: Callable[[T], str], if_match: str | None,
-                agree: Callable[[str, str], None] | None) -> T:  # fmt: skip
+                agree: Agree | None) -> T:  # fmt: skip
         try:
-            with locked(self.path.parent, wait=True) as folder:
+            with self.writing() as folder:
                 after = self._write(edit, if_match, agree)
                 with contextlib.suppress(OSError):  # in place; only a power cut could undo it
                     os.fsync(folder)
@@ -155,7 +190,7 @@ class Store(Generic[T]):
         return after
 
     def _write(self, edit: Callable[[T], str], if_match: str | None,
-               agree: Callable[[str, str], None] | None) -> T:  # fmt: skip
+               agree: Agree | None) -> T:  # fmt: skip
         for _ in range(20):  # a hand edit in between is read again, not overwritten
             before, after = self._prepare(edit, if_match)
             same = after.text == before.text
@@ -211,24 +246,41 @@ def locked(folder: Path, *, wait: bool) -> Iterator[int]:
 
 
 def replace_file(path: Path, text: str, like: Path, instead_of: str | None = None,
-                 agree: Callable[[str, str], None] | None = None) -> bool:  # fmt: skip
+                 agree: Agree | None = None) -> bool:  # fmt: skip
     """Replace `path` in one step, so that a crash leaves the old or the new file, never half.
 
     False when it does not hold `instead_of` any more: somebody edited it meanwhile. `agree` is
-    asked last, when nothing but the rename is left that could fail. The name of
-    the temporary file is fixed, so that a crash leaves at most one; call this under the lock.
+    asked last, when nothing but the rename is left that could fail; an edit while it was asked is
+    a 409, for it agreed on another text than the one to be made now. The name of the temporary
+    file is fixed, so that a crash leaves at most one; call this under the lock.
     """
     temp = path.with_name(f".{path.name.lstrip('.')}.tmp")
     try:
         write_beside(temp, text, like)
-        if instead_of is not None and read_file(path) != instead_of:
+        if instead_of is not None and not holds(path, instead_of):
             return False
         if agree and instead_of is not None:
             agree(instead_of, text)
+            if not holds(path, instead_of):
+                raise Refused(409, "conflict", f"{path} was edited meanwhile; try again")
         os.replace(temp, path)
     finally:
         temp.unlink(missing_ok=True)
     return True
+
+
+def holds(path: Path, text: str) -> bool:
+    """True when `path` holds `text`, and nobody wrote to it while it was read."""
+    with contextlib.suppress(RoutesError, OSError):  # gone for a moment: an editor is at it
+        mark = mark_of(path)
+        return read_file(path) == text and mark_of(path) == mark
+    return False
+
+
+def mark_of(path: Path) -> tuple[int, ...]:
+    """What changes when somebody writes to the file, but for two writes within one tick."""
+    stat = os.stat(path)
+    return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino
 
 
 def write_beside(temp: Path, text: str, like: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import Clock
 
+from parts.cluster import CircuitState
 from router import Breakers, Ticket
 
 CONFIG = {"failure_threshold": 3, "recovery_timeout_sec": 300, "first_retry_sec": 5}
@@ -20,9 +21,9 @@ LEASE_S = 100.0
 class Bench:
     """Breakers on a clock moved by hand, with the words of the histories below."""
 
-    def __init__(self, clock: Clock):
+    def __init__(self, clock: Clock, peers: Any = None):
         self.clock = clock
-        self.breakers = Breakers(clock)
+        self.breakers = Breakers(clock, peers)
         self.air: list[Ticket] = []  # the oldest first
 
     def go(self, model: str = "m", **more: Any) -> Ticket:
@@ -338,6 +339,205 @@ def test_of_64_threads_at_half_open_exactly_one_goes_200_times_in_a_row(bench, c
         clock += 300
 
     assert seen == [[True]] * 200
+
+
+# --- with peers ----------------------------------------------------------------------------------
+
+
+class Peers:
+    """Another instance, as the breakers see it: what it answers, and what it was told."""
+
+    def __init__(self) -> None:
+        self.wait_s = 0.0
+        self.meanwhile = lambda: None
+        self.lent: list[tuple[str, int]] = []
+        self.told: list[tuple[str, int | None]] = []
+
+    def lend(self, model: str, generation: int, lease_s: float) -> float:
+        self.meanwhile()
+        self.lent.append((model, generation))
+        return self.wait_s
+
+    def tell(self, model: str = "", generation: int | None = None) -> None:
+        self.told.append((model, generation))
+
+
+OPEN = CircuitState(True, 1050.0, 0.0, 990.0, 7, "timeout", 504, "2026-11-25T10:00:00Z")
+CLOSED = CircuitState(False, 0.0, 0.0, None, 2, "", None, "")
+
+
+@pytest.fixture
+def peers() -> Peers:
+    return Peers()
+
+
+@pytest.fixture
+def sharing(clock: Clock, peers: Peers) -> Bench:
+    return Bench(clock, peers)
+
+
+def due(bench: Bench) -> None:
+    """The circuit of m is open, and its first probe due."""
+    bench.strike(3)
+    bench.clock += 5
+
+
+def test_peers_are_not_asked_while_the_circuit_is_closed(sharing, peers):
+    sharing.strike(2)
+    sharing.end(sharing.go(), "good")
+
+    assert (peers.lent, peers.told) == ([], [])
+
+
+def test_a_probe_that_the_peers_refuse_stays_and_is_asked_about_later(sharing, peers, clock):
+    due(sharing)
+    peers.wait_s = 0.5
+
+    assert sharing.is_shut()
+    assert sharing.shown()["state"] == "half-open"
+    assert sharing.is_shut()
+    assert len(peers.lent) == 1
+    clock += 0.5
+    peers.wait_s = 0.0
+    assert sharing.go().probe
+    assert sharing.breakers.keep_only(frozenset()) is False
+
+
+def test_nothing_is_in_the_air_after_a_refusal(sharing, peers):
+    due(sharing)
+    peers.wait_s = 0.5
+
+    assert sharing.is_shut()
+
+    assert sharing.breakers.keep_only(frozenset()) is True
+
+
+def test_a_reset_while_the_peers_are_asked_is_not_undone_by_their_refusal(sharing, peers):
+    due(sharing)
+    peers.wait_s, peers.meanwhile = 0.5, lambda: sharing.breakers.reset(["m"])
+
+    assert sharing.is_shut()
+
+    assert not sharing.go().probe
+
+
+@pytest.mark.parametrize("verdict", ["good", "strike", "none"])
+def test_peers_hear_once_that_a_probe_ended(sharing, peers, verdict):
+    due(sharing)
+    ticket, peers.told = sharing.go(), []
+
+    sharing.end(ticket, verdict)
+    sharing.end(ticket, verdict)
+
+    assert peers.told == [("m", peers.lent[0][1])]
+
+
+def test_peers_hear_that_a_probe_ended_that_a_reset_had_made_void(sharing, peers):
+    due(sharing)
+    ticket = sharing.go()
+    sharing.breakers.reset()
+
+    sharing.end(ticket, "strike")
+
+    assert peers.told[-1] == ("m", peers.lent[0][1])
+
+
+def test_peers_hear_of_an_opening_a_hold_and_a_reset(sharing, peers):
+    sharing.strike(3)
+    sharing.strike(model="n", retry_after_s=9)
+    sharing.breakers.reset(["n"])
+
+    assert peers.told == [("m", None), ("n", None), ("", None)]
+
+
+def test_news_hold_each_reset_once(sharing):
+    sharing.strike(1)
+    sharing.breakers.reset()
+    sharing.breakers.reset(["x"])
+
+    assert sharing.breakers.news() == ({}, {"m", "x", ""})
+    assert sharing.breakers.news() == ({}, set())
+
+
+def test_news_are_copies(sharing):
+    sharing.strike(1)
+
+    circuits, _ = sharing.breakers.news()
+    sharing.strike(1)
+
+    assert circuits["m"].strikes == 1
+
+
+def test_one_alone_keeps_no_list_of_resets(bench):
+    bench.breakers.reset()
+
+    assert bench.breakers.news() == ({}, set())
+
+
+def heard(bench: Bench, state: CircuitState | None) -> bool:
+    return bench.breakers.hear("m", state, bench.breakers.news()[0].get("m"))
+
+
+def test_an_opening_elsewhere_is_taken_over_and_makes_results_in_the_air_void(sharing):
+    ticket = sharing.go()
+
+    assert heard(sharing, OPEN)
+    sharing.end(ticket, "good")
+
+    assert sharing.shown() == {
+        "state": "open", "strikes": 7, "retry_in_sec": 50.0, "reason": "timeout",
+        "last_status": 504, "since": "2026-11-25T10:00:00Z"}  # fmt: skip
+
+
+def test_a_closing_elsewhere_leaves_one_strike_to_the_next_opening(sharing):
+    sharing.strike(3)
+
+    assert heard(sharing, CLOSED)
+
+    assert (sharing.shown()["state"], sharing.shown()["strikes"]) == ("closed", 2)
+
+
+def test_strikes_of_a_circuit_that_is_closed_on_both_are_each_ones_own(sharing):
+    sharing.strike(1)
+
+    assert heard(sharing, CLOSED)
+
+    assert sharing.shown()["strikes"] == 1
+
+
+def test_a_reset_elsewhere_forgets_it_here(sharing):
+    sharing.strike(3)
+
+    assert heard(sharing, None)
+
+    assert sharing.breakers.snapshot() == {}
+
+
+def test_what_changed_here_since_is_not_overwritten_by_what_was_heard(sharing):
+    known = sharing.breakers.news()[0].get("m")
+    sharing.strike(3)
+
+    assert not sharing.breakers.hear("m", CLOSED, known)
+
+    assert sharing.shown()["state"] == "open"
+
+
+@pytest.mark.parametrize("models", [["m"], None])
+def test_a_reset_that_was_not_told_yet_is_not_overwritten(sharing, models):
+    sharing.breakers.reset(models)
+
+    assert not sharing.breakers.hear("m", OPEN, None)
+
+    assert sharing.breakers.snapshot() == {}
+
+
+def test_traffic_alone_is_no_change(sharing):
+    sharing.strike(1)
+    known = sharing.breakers.news()[0]["m"]
+    sharing.end(sharing.go(), "good")
+    sharing.strike(1)
+
+    assert sharing.breakers.hear("m", OPEN, known)
 
 
 # --- the reference -------------------------------------------------------------------------------

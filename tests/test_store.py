@@ -30,6 +30,7 @@ from helpers import in_turn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from parts import livefile
 from parts.errors import Refused, RoutesError
 from parts.livefile import Store
 from parts.logs import EventFormatter
@@ -654,6 +655,38 @@ def test_a_bad_hand_edit_during_a_write_or_one_after_the_other_is_a_409(
 
     assert refusal(store)[0] == 409
     assert path.read_text() in texts
+
+
+@pytest.mark.parametrize("edit", [in_place, by_rename, lambda path, text: path.unlink()])
+def test_a_hand_edit_while_the_peers_are_asked_is_a_409_and_stays(path, clock, edit):
+    store = Store(path, load_table, clock, agree=lambda before, after: edit(path, OTHER))
+
+    assert refusal(store) == (409, "conflict")
+    assert not path.exists() or path.read_text() == OTHER
+    assert ".routes.json.tmp" not in os.listdir(path.parent)
+
+
+def test_an_edit_while_the_file_is_compared_counts_as_one(store, path, monkeypatch):
+    real, edits = livefile.read_file, [OTHER]
+
+    def edited_after(read: Path) -> str:
+        text = real(read)
+        if read == path and path.with_name(".routes.json.tmp").exists() and edits:
+            in_place(path, edits.pop())
+        return text
+
+    monkeypatch.setattr(livefile, "read_file", edited_after)
+    set_words(store, "haiku", "autumn")
+
+    assert on_disk(path)["conversation"]["keywords"] == ["howdy"]
+    assert on_disk(path)["haiku"]["keywords"] == ["autumn"]
+
+
+def test_a_file_that_is_gone_for_a_moment_during_a_write_is_a_409(store, path, monkeypatch):
+    real = os.fsync
+    with_os(monkeypatch, fsync=lambda fd: real(fd) or path.unlink(missing_ok=True))
+
+    assert refusal(store) == (409, "routes_file_bad")
 
 
 # --- many at once ----
