@@ -9,7 +9,7 @@ from conftest import ROOT
 
 FLOORS = (  # what stands on a floor knows what stands below, and nothing beside it
     "addresses bootstrap demo errors jsontext logs prompts",
-    "chat flights livefile settings table worker",
+    "chat errortext flights livefile settings table worker",
     "access exchange metrics",
     "carrier events judge live",
     "command",
