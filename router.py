@@ -87,7 +87,15 @@ from parts.jsontext import has_over, parse_loosely
 from parts.judge import VERDICTS, check_head, failure_from
 from parts.livefile import Store
 from parts.logs import log_rejections, log_to_stderr, now_text, where_it_broke
-from parts.metrics import Attempt, Gauges, Metrics, Record, as_prometheus, breaker_figures
+from parts.metrics import (
+    Attempt,
+    Gauges,
+    Metrics,
+    Record,
+    as_prometheus,
+    breaker_figures,
+    usage_of,
+)
 from parts.prompts import (
     LOOK_BACK,
     POINTERS,
@@ -996,8 +1004,8 @@ class Relay:
         return b"" if extra and not self._call.chat.wants_usage else event.raw
 
     def _note(self, body: Mapping[str, Any], part: str) -> None:
-        if isinstance(body.get("usage"), dict):
-            self.usage = body["usage"]
+        if usage := usage_of(body):
+            self.usage = usage
         for choice in choices_of(body):
             said = choice.get(part)
             if isinstance(said, dict):

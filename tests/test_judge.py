@@ -650,7 +650,8 @@ REFUSED = [  # what looks like one of the above, and is the request's fault
     ("DeepSeek, max_tokens", 400, "Invalid max_tokens value, the valid range of max_tokens is [1, "
                                   "8192]"),
     ("Groq, max_tokens", 400, "`max_tokens` must be less than or equal to `8192`, the maximum "
-                              "value for `max_tokens` is less than the `context_window` for this model"),
+                              "value for `max_tokens` is less than the `context_window` for this "
+                              "model"),
     ("OpenAI, a name", 400, "Invalid 'tools[0].function.name': string too long. Expected a string "
                             "with maximum length 64, but got a string with length 70 instead."),
     ("Anthropic, a picture", 400, "messages.0.content.1.image.source.base64: image exceeds 5 MB "
