@@ -658,19 +658,20 @@ class Chooser:
 
     def choose(self, chat: Chat, table: Table, flight: Flight) -> Decision:
         """The decision for one request; 404 for an unknown category, 422 for an unclear model."""
-        wanted = chat.body.get("model", "")
-        name = wanted.removeprefix("router/")
+        wanted = chat.body.get("model", "")  # some clients put what they call us before each name
+        name = re.sub(r"\A(?:router/)+", "", wanted)
         if name in table.categories:
             return _decide(table, name, "explicit", "asked for by name")
-        if name != wanted:
-            text = f"no such category: {scrub(name)[:64]!r}; GET /v1/models lists them"
-            raise RouterError(404, "model_not_found", text, param="model")
-        id_ = table.resolve(wanted) if wanted != "router" else None
+        known = wanted if wanted in table.models else name
+        id_ = table.resolve(known) if name != "router" else None
         if id_:
             chain = (table.models[id_],)
             return Decision("explicit", "explicit", "asked for by name", chain, table.timeouts)
+        if name not in ("router", wanted):
+            text = f"no such category or model: {scrub(name)[:64]!r}; GET /v1/models lists them"
+            raise RouterError(404, "model_not_found", text, param="model")
         decision = _by_tools(chat, table) or self._by_text(chat, table, flight)
-        return decision if wanted in ("router", "") else decision._replace(ignored=wanted[:100])
+        return decision if name in ("router", "") else decision._replace(ignored=wanted[:100])
 
     def _by_text(self, chat: Chat, table: Table, flight: Flight) -> Decision:
         keywords, continuations = self._words(table)
@@ -703,10 +704,10 @@ class Chooser:
 
 
 def _by_tools(chat: Chat, table: Table) -> Decision | None:
-    choice, offered = chat.body.get("tool_choice"), len(chat.body.get("tools") or ())
+    choice, offered = chat.tool_choice, chat.tools_offered
     if "tools" not in table.categories or choice == "none":
         return None
-    if choice == "required" or isinstance(choice, dict):
+    if choice == "required":
         return _decide(table, "tools", "tools", "tool_choice demands a tool")
     few = table.tools_routing == "auto" and offered < table.agent_tool_count
     if offered and (few or table.tools_routing == "always"):

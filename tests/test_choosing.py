@@ -300,8 +300,23 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         ({"tools": [TOOL] * 8, "tool_choice": {"type": "function"}}, "tools", "tools"),
         ({"tools": [TOOL], "tool_choice": "none"}, "conversation", "keywords"),
         ({"tools": []}, "conversation", "keywords"),
+        ({"functions": [{"name": "f"}]}, "tools", "tools"),
+        ({"functions": [{"name": "f"}] * 8}, "conversation", "keywords"),
+        ({"functions": [{"name": "f"}] * 8, "function_call": {"name": "f"}}, "tools", "tools"),
+        ({"functions": [{"name": "f"}], "function_call": "none"}, "conversation", "keywords"),
+        ({"functions": "f"}, "conversation", "keywords"),
+        ({"tools": [TOOL] * 8, "tool_choice": "any"}, "tools", "tools"),  # Mistral
+        ({"tools": [TOOL] * 8, "tool_choice": {"type": "any"}}, "tools", "tools"),  # Anthropic
+        ({"tools": [TOOL] * 8, "tool_choice": {"type": "tool", "name": "f"}}, "tools", "tools"),
+        ({"tools": [TOOL] * 8, "tool_choice": {"type": "auto"}}, "conversation", "keywords"),
+        ({"tools": [TOOL] * 8, "tool_choice": {}}, "conversation", "keywords"),
+        ({"tools": [TOOL], "tool_choice": {"type": "none"}}, "conversation", "keywords"),
+        ({"tools": [TOOL] * 8, "tool_choice": {"type": "allowed_tools", "allowed_tools": {
+            "mode": "auto", "tools": [TOOL]}}}, "conversation", "keywords"),
+        ({"tools": [TOOL] * 8, "tool_choice": {"type": "allowed_tools", "mode": "required"}},
+         "tools", "tools"),
     ],
-)
+)  # fmt: skip
 def test_tools_offered_by_an_agent_decide_only_when_they_are_few(client, body, category, mode):
     answer = client.chat(**body)
 
@@ -329,10 +344,16 @@ IMAGE = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"
     ("limits", "body"),
     [
         ({"tools": False}, {"tools": [TOOL]}),
+        ({"tools": False}, {"functions": [{"name": "f"}]}),
         ({"images": False}, {"messages": [user(IMAGE)]}),
+        ({"images": False}, {"messages": [user([{"type": "input_image"}])]}),
+        ({"images": False}, {"messages": [user([{"type": "image", "source": {}}])]}),  # Anthropic
+        ({"images": False}, {"messages": [user([{"type": "file", "file": {}}])]}),
+        ({"images": False}, {"messages": [user(
+            [{"type": "tool_result", "content": [{"type": "image"}]}])]}),
         ({"context": 100}, {"messages": [user("hello " * 1000)]}),
     ],
-)
+)  # fmt: skip
 def test_models_that_cannot_take_a_request_are_passed_over(tmp_path, upstream, limits, body):
     changed = small_routes(upstream.url, models={"acme/one": limits})
     path = tmp_path / "routes.json"
@@ -346,6 +367,22 @@ def test_models_that_cannot_take_a_request_are_passed_over(tmp_path, upstream, l
     assert unable.status_code == 422
     assert unable.json["error"]["code"] == "no_capable_model"
     assert upstream.models_asked() == ["acme/two"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"tools": [TOOL], "tool_choice": {"type": "none"}}, {"functions": [], "tools": []},
+     {"messages": [user([{"type": "text", "text": "hi"},
+                         {"type": "tool_result", "content": "x"}])]}],
+)  # fmt: skip
+def test_a_model_without_tools_and_pictures_takes_what_needs_none(tmp_path, upstream, body):
+    limits = {"tools": False, "images": False}
+    path = tmp_path / "routes.json"
+    path.write_text(json.dumps(small_routes(upstream.url, models={"acme/one": limits})))
+
+    answer = LocalClient(module.create_app(settings_for(path))).chat(**body)
+
+    assert answer.headers["X-Router-Model"] == "acme/one"
 
 
 # --- Ollama ------------------------------------------------------------------------------------
