@@ -516,6 +516,7 @@ class Classifier:
         self._lock = threading.Lock()  # guards _cache
         self._cache: OrderedDict[tuple[str, str], str] = OrderedDict()
         self._last: tuple[str, str] | None = None  # of the last call: ("", "") when it was good
+        self._think_refused: set[tuple[str, str]] = set()  # (base_url, model) of `ask_ollama`
 
     def ask(self, table: Table, text: str, flight: Flight) -> str | None:
         """The category the model names for `text`, or None when it is slow, busy, down or wrong."""
@@ -545,7 +546,7 @@ class Classifier:
             return None
         verdict = reason = "none"
         try:
-            name = read_ollama(self._post(*ollama_call(table, text), flight, timeout_s), table)
+            name = read_ollama(self._ask_ollama(table, text, flight, timeout_s), table)
             verdict = "good"
             self._breakers.commit(ticket, 1)
             self._note("", "")
@@ -559,6 +560,19 @@ class Classifier:
         finally:
             self._breakers.settle(ticket, verdict, CLASSIFIER_CIRCUIT, reason)
 
+    def _ask_ollama(self, table: Table, text: str, flight: Flight, timeout_s: float) -> bytes:
+        """Ollama's answer; asked not to think unless this model was seen to refuse the question."""
+        key, until = (table.ollama["base_url"], table.ollama["model"]), flight.clock() + timeout_s
+        if key not in self._think_refused:
+            try:
+                return self._post(*ollama_call(table, text), flight, timeout_s)
+            except ClassifierError as e:
+                if str(e) != THINK_REFUSED:
+                    raise
+                self._think_refused.add(key)
+        left_s = until - flight.clock()
+        return self._post(*ollama_call(table, text, may_think=True), flight, left_s)
+
     def _note(self, reason: str, message: str) -> None:
         """Remember what came of a call; a new trouble is one log line."""
         if reason and self._last != (reason, message):
@@ -568,7 +582,7 @@ class Classifier:
     def warm_up(self, table: Table, flight: Flight) -> None:
         """Make Ollama load the model, which may take a minute, before a request needs it."""
         try:
-            self._post(*ollama_call(table, "Hello"), flight, 60.0)
+            read_ollama(self._ask_ollama(table, "Hello", flight, 60.0), table)
             self._note("", "")
         except ClassifierError as e:
             self._note(str(e), e.message)
@@ -585,10 +599,14 @@ class Classifier:
         )
 
 
-def ollama_call(table: Table, text: str) -> tuple[str, bytes]:
+THINK_REFUSED = "think_refused"
+
+
+def ollama_call(table: Table, text: str, *, may_think: bool = False) -> tuple[str, bytes]:
     """URL and body for Ollama's /api/chat; the answer can only be one of the table's categories.
 
-    The prefix is the same for every request, so Ollama keeps its evaluation in its cache.
+    The prefix is the same for every request, so Ollama keeps its evaluation in its cache. Models
+    that think do so unless told not to, and spend `num_predict` on it.
     """
     names = list(table.categories)
     lines = [f"- {name}: {table.categories[name].description or name}" for name in names]
@@ -599,6 +617,7 @@ def ollama_call(table: Table, text: str) -> tuple[str, bytes]:
         "model": table.ollama["model"],
         "stream": False,
         "keep_alive": "30m",
+        **({} if may_think else {"think": False}),
         "format": {"type": "object", "properties": answer, "required": ["category"]},
         "options": {"temperature": 0, "seed": 1, "num_predict": 24, "num_ctx": 2048},
         "messages": [{"role": "system", "content": system}, {"role": "user", "content": text}],
@@ -618,21 +637,37 @@ def ollama_trouble(base: str, model: str, status: int, data: bytes) -> Classifie
         return ClassifierError(
             "not_found", f"{base}/api/chat is not found: is Ollama's base_url right?"
         )
+    if status == 400 and "think" in told.lower():
+        return ClassifierError(THINK_REFUSED, f"{model} refuses to be asked not to think")
     return ClassifierError(f"status {status}", f"Ollama at {base} answers with status {status}: "
                                                f"{scrub(told)[:200] or 'no words'}")  # fmt: skip
 
 
+# Fences, quotes and prose around the answer are as good; of two categories neither was meant.
+CATEGORY_IN_JSON = re.compile(r'"category"\s{0,9}:\s{0,9}"([^"]{1,80})"', re.I)
+THOUGHTS = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.I | re.S)
+
+
 def read_ollama(data: bytes, table: Table) -> str:
-    """The category in Ollama's answer; ClassifierError when it is none of the table's."""
+    """The one category that Ollama's answer names; ClassifierError when it names none, or two."""
+    model = table.ollama["model"]
     try:
-        name = json.loads(json.loads(data)["message"]["content"])["category"]
+        message = json.loads(data)["message"]
+        said = THOUGHTS.sub("", message["content"]).rpartition("</think>")[2]
     except (ValueError, TypeError, KeyError, RecursionError) as e:
-        text = f"{table.ollama['model']} does not answer in the form that was asked for"
+        text = f"{model} does not answer in the form that was asked for"
         raise ClassifierError("unreadable_answer", text) from e
-    if not isinstance(name, str) or name not in table.categories:
-        text = f"{table.ollama['model']} names no category of routes.json"
-        raise ClassifierError("unknown_category", text)
-    return name
+    for text in (" ".join(CATEGORY_IN_JSON.findall(said)), said):
+        words = {word.strip("-_") for word in re.findall(r"[\w-]+", text.lower())}
+        named = words.intersection(table.categories)
+        if len(named) == 1:
+            return named.pop()
+    if not said.strip() and (message.get("thinking") or message["content"].strip()):
+        text = f"{model} thinks instead of answering: name a model that does not think as " \
+               'ollama.model in routes.json, or write "routing_mode": "keywords"'  # fmt: skip
+        raise ClassifierError("only_thoughts", text)
+    text = f"{model} does not name one category of routes.json; a larger model may"
+    raise ClassifierError("unknown_category", text)
 
 
 class Decision(NamedTuple):
