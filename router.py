@@ -564,6 +564,7 @@ class Classifier:
         self._lock = threading.Lock()  # guards _cache
         self._cache: OrderedDict[tuple[str, str], str] = OrderedDict()
         self._last: tuple[str, str] | None = None  # of the last call: ("", "") when it was good
+        self._think_refused: set[tuple[str, str]] = set()  # (base_url, model) of `ask_ollama`
 
     def ask(self, table: Table, text: str, flight: Flight) -> str | None:
         """The category the model names for `text`, or None when it is slow, busy, down or wrong."""
@@ -593,7 +594,7 @@ class Classifier:
             return None
         verdict = reason = "none"
         try:
-            name = read_ollama(self._post(*ollama_call(table, text), flight, timeout_s), table)
+            name = read_ollama(self._ask_ollama(table, text, flight, timeout_s), table)
             verdict = "good"
             self._breakers.commit(ticket, 1)
             self._note("", "")
@@ -607,6 +608,19 @@ class Classifier:
         finally:
             self._breakers.settle(ticket, verdict, CLASSIFIER_CIRCUIT, reason)
 
+    def _ask_ollama(self, table: Table, text: str, flight: Flight, timeout_s: float) -> bytes:
+        """Ollama's answer; asked not to think unless this model was seen to refuse the question."""
+        key, until = (table.ollama["base_url"], table.ollama["model"]), flight.clock() + timeout_s
+        if key not in self._think_refused:
+            try:
+                return self._post(*ollama_call(table, text), flight, timeout_s)
+            except ClassifierError as e:
+                if str(e) != THINK_REFUSED:
+                    raise
+                self._think_refused.add(key)
+        left_s = until - flight.clock()
+        return self._post(*ollama_call(table, text, may_think=True), flight, left_s)
+
     def _note(self, reason: str, message: str) -> None:
         """Remember what came of a call; a new trouble is one log line."""
         if reason and self._last != (reason, message):
@@ -616,7 +630,7 @@ class Classifier:
     def warm_up(self, table: Table, flight: Flight) -> None:
         """Make Ollama load the model, which may take a minute, before a request needs it."""
         try:
-            self._post(*ollama_call(table, "Hello"), flight, 60.0)
+            read_ollama(self._ask_ollama(table, "Hello", flight, 60.0), table)
             self._note("", "")
         except ClassifierError as e:
             self._note(str(e), e.message)
@@ -633,10 +647,14 @@ class Classifier:
         )
 
 
-def ollama_call(table: Table, text: str) -> tuple[str, bytes]:
+THINK_REFUSED = "think_refused"
+
+
+def ollama_call(table: Table, text: str, *, may_think: bool = False) -> tuple[str, bytes]:
     """URL and body for Ollama's /api/chat; the answer can only be one of the table's categories.
 
-    The prefix is the same for every request, so Ollama keeps its evaluation in its cache.
+    The prefix is the same for every request, so Ollama keeps its evaluation in its cache. Models
+    that think do so unless told not to, and spend `num_predict` on it.
     """
     names = list(table.categories)
     lines = [f"- {name}: {table.categories[name].description or name}" for name in names]
@@ -647,6 +665,7 @@ def ollama_call(table: Table, text: str) -> tuple[str, bytes]:
         "model": table.ollama["model"],
         "stream": False,
         "keep_alive": "30m",
+        **({} if may_think else {"think": False}),
         "format": {"type": "object", "properties": answer, "required": ["category"]},
         "options": {"temperature": 0, "seed": 1, "num_predict": 24, "num_ctx": 2048},
         "messages": [{"role": "system", "content": system}, {"role": "user", "content": text}],
@@ -666,21 +685,37 @@ def ollama_trouble(base: str, model: str, status: int, data: bytes) -> Classifie
         return ClassifierError(
             "not_found", f"{base}/api/chat is not found: is Ollama's base_url right?"
         )
+    if status == 400 and "think" in told.lower():
+        return ClassifierError(THINK_REFUSED, f"{model} refuses to be asked not to think")
     return ClassifierError(f"status {status}", f"Ollama at {base} answers with status {status}: "
                                                f"{scrub(told)[:200] or 'no words'}")  # fmt: skip
 
 
+# Fences, quotes and prose around the answer are as good; of two categories neither was meant.
+CATEGORY_IN_JSON = re.compile(r'"category"\s{0,9}:\s{0,9}"([^"]{1,80})"', re.I)
+THOUGHTS = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.I | re.S)
+
+
 def read_ollama(data: bytes, table: Table) -> str:
-    """The category in Ollama's answer; ClassifierError when it is none of the table's."""
+    """The one category that Ollama's answer names; ClassifierError when it names none, or two."""
+    model = table.ollama["model"]
     try:
-        name = json.loads(json.loads(data)["message"]["content"])["category"]
+        message = json.loads(data)["message"]
+        said = THOUGHTS.sub("", message["content"]).rpartition("</think>")[2]
     except (ValueError, TypeError, KeyError, RecursionError) as e:
-        text = f"{table.ollama['model']} does not answer in the form that was asked for"
+        text = f"{model} does not answer in the form that was asked for"
         raise ClassifierError("unreadable_answer", text) from e
-    if not isinstance(name, str) or name not in table.categories:
-        text = f"{table.ollama['model']} names no category of routes.json"
-        raise ClassifierError("unknown_category", text)
-    return name
+    for text in (" ".join(CATEGORY_IN_JSON.findall(said)), said):
+        words = {word.strip("-_") for word in re.findall(r"[\w-]+", text.lower())}
+        named = words.intersection(table.categories)
+        if len(named) == 1:
+            return named.pop()
+    if not said.strip() and (message.get("thinking") or message["content"].strip()):
+        text = f"{model} thinks instead of answering: name a model that does not think as " \
+               'ollama.model in routes.json, or write "routing_mode": "keywords"'  # fmt: skip
+        raise ClassifierError("only_thoughts", text)
+    text = f"{model} does not name one category of routes.json; a larger model may"
+    raise ClassifierError("unknown_category", text)
 
 
 class Decision(NamedTuple):
@@ -706,19 +741,20 @@ class Chooser:
 
     def choose(self, chat: Chat, table: Table, flight: Flight) -> Decision:
         """The decision for one request; 404 for an unknown category, 422 for an unclear model."""
-        wanted = chat.body.get("model", "")
-        name = wanted.removeprefix("router/")
+        wanted = chat.body.get("model", "")  # some clients put what they call us before each name
+        name = re.sub(r"\A(?:router/)+", "", wanted)
         if name in table.categories:
             return _decide(table, name, "explicit", "asked for by name")
-        if name != wanted:
-            text = f"no such category: {scrub(name)[:64]!r}; GET /v1/models lists them"
-            raise RouterError(404, "model_not_found", text, param="model")
-        id_ = table.resolve(wanted) if wanted != "router" else None
+        known = wanted if wanted in table.models else name
+        id_ = table.resolve(known) if name != "router" else None
         if id_:
             chain = (table.models[id_],)
             return Decision("explicit", "explicit", "asked for by name", chain, table.timeouts)
+        if name not in ("router", wanted):
+            text = f"no such category or model: {scrub(name)[:64]!r}; GET /v1/models lists them"
+            raise RouterError(404, "model_not_found", text, param="model")
         decision = _by_tools(chat, table) or self._by_text(chat, table, flight)
-        return decision if wanted in ("router", "") else decision._replace(ignored=wanted[:100])
+        return decision if name in ("router", "") else decision._replace(ignored=wanted[:100])
 
     def _by_text(self, chat: Chat, table: Table, flight: Flight) -> Decision:
         keywords, continuations = self._words(table)
@@ -751,10 +787,10 @@ class Chooser:
 
 
 def _by_tools(chat: Chat, table: Table) -> Decision | None:
-    choice, offered = chat.body.get("tool_choice"), len(chat.body.get("tools") or ())
+    choice, offered = chat.tool_choice, chat.tools_offered
     if "tools" not in table.categories or choice == "none":
         return None
-    if choice == "required" or isinstance(choice, dict):
+    if choice == "required":
         return _decide(table, "tools", "tools", "tool_choice demands a tool")
     few = table.tools_routing == "auto" and offered < table.agent_tool_count
     if offered and (few or table.tools_routing == "always"):
@@ -890,6 +926,7 @@ def says_nothing(text: str) -> bool:
     return PATH_WORDS.issuperset(re.sub(r"/\S*|[^\w\s]", " ", text.lower()).split())
 
 
+MATERIAL = ("messages", "tools", "functions")
 NO_CHAT = Chat(b"", {}, ())
 
 
@@ -973,7 +1010,7 @@ class Router:
         call.deadline = call.started + decision.timeouts["total"]
         call.choose_s = self.clock() - before
         # Parsed, messages and tools take thrice their text; nobody looks at them again.
-        chat.body = {k: v for k, v in chat.body.items() if k not in ("messages", "tools")}
+        chat.body = {k: v for k, v in chat.body.items() if k not in MATERIAL}
         return decision
 
     def walk(self, call: Call, decision: Decision) -> Relay:

@@ -39,17 +39,31 @@ class Chat:
         n = self.body.get("n")
         self.choices = n if isinstance(n, int) and 1 < n <= 128 else 1
 
+    @property
+    def tools_offered(self) -> int:
+        """How many tools a model may call; `functions` is what they were called until 2023."""
+        offered = (self.body.get("tools"), self.body.get("functions"))
+        return sum(len(tools) for tools in offered if isinstance(tools, list))
+
+    @property
+    def tool_choice(self) -> str:
+        """Of the tools offered: none may be called, one must be (`required`), or `auto`."""
+        choices = [_choice(self.body.get(name)) for name in ("tool_choice", "function_call")]
+        return next((choice for choice in choices if choice != "auto"), "auto")
+
     @cached_property
     def wants_tools(self) -> bool:
         """True when a model may be expected to call a tool."""
-        return bool(self.body.get("tools")) and self.body.get("tool_choice") != "none"
+        return bool(self.tools_offered) and self.tool_choice != "none"
 
     @cached_property
     def wants_images(self) -> bool:
-        """True when a message holds an image part."""
-        contents = (message.get("content") for message in self.body["messages"])
-        parts = (part for content in contents if isinstance(content, list) for part in content)
-        return any(part.get("type") in ("image_url", "input_image") for part in parts)
+        """True when a message holds a picture, or a file, which is shown as pictures of its pages.
+
+        Anthropic's `image` may stand in what a tool gave back, one level below.
+        """
+        parts = _parts_of(self.body["messages"])
+        return any(part.get("type") in PICTURES for part in (*parts, *_parts_of(parts)))
 
     def is_longer_than(self, context: int) -> bool:
         """True when the text surely has over `context` tokens: none is longer than 8 characters."""
@@ -75,6 +89,29 @@ class Chat:
                 out += [data[done : member.value], edits[member.key].encode()]
                 done = member.end
         return [*out, data[done:]]
+
+
+PICTURES = ("image_url", "input_image", "image", "file")
+
+
+def _parts_of(holders: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    contents = [holder.get("content") for holder in holders]
+    return [
+        part
+        for content in contents
+        if isinstance(content, list)
+        for part in content
+        if isinstance(part, dict)
+    ]
+
+
+def _choice(value: Any) -> str:
+    """What a `tool_choice` or `function_call` says: none, required or auto."""
+    if isinstance(value, dict):
+        allowed = value.get("allowed_tools")  # OpenAI: some of those offered
+        mode = (allowed if isinstance(allowed, dict) else value).get("mode") or value.get("type")
+        return "none" if mode == "none" else "auto" if mode == "auto" or not value else "required"
+    return "none" if value == "none" else "required" if value in ("required", "any") else "auto"
 
 
 def chat_of(data: bytes, text: str, body: dict[str, Any], members: list[Member]) -> Chat:

@@ -2,7 +2,9 @@
 
 An attempt ends with one word, its outcome. `VERDICTS` says of each outcome whether the next model
 of the chain is tried and whether the model gets a strike; `judge` finds the outcome for what an
-upstream answered. To teach the router a new kind of failure, add a row.
+upstream answered. What its words say plainly outranks its status: a wrong key comes as a 400, a
+prompt that is too long as a 500, an empty account as a 429. To teach the router a new kind of
+failure, add a row; new words for a known one go into `SAYS`.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from parts.errors import Failure
-from parts.exchange import MAX_ERROR, Reply, read_whole, retry_after_of
-from parts.jsontext import parse_loosely
+from parts.errortext import read_error, unpacked, wait_of
+from parts.exchange import MAX_ERROR, Reply
 
 
 class Verdict(NamedTuple):
@@ -56,31 +58,282 @@ BY_STATUS = {
     400: "refused", 401: "unauthorized", 402: "payment", 404: "not_found", 408: "server_error",
     413: "context_length", 422: "refused", 429: "rate_limited",
 }  # fmt: skip
-# What the text of an error says, for the statuses in which upstreams say it; the first row wins.
-BY_TEXT = (
-    ("context_length", (400, 422), re.compile(
-        r"context.?(length|window|size)|maximum.?context|too many (input |prompt )?tokens"
-        r"|(prompt|input|messages?|request)( is)? too long|reduce the length"
-        r"|exceeds? .{0,60}(tokens|context)|token limit", re.I)),
-    ("content_filter", (400, 403), re.compile(
-        r"content.?(filter|policy|management|moderation)|moderation|flagged(?! as deprecated)"
-        r"|safety(?!_)|responsible.?ai", re.I)),
+# With which statuses an outcome goes. One that came with another, because its words outrank it, is
+# told with the first of these: an empty account is a 402, whatever number it came with.
+STATUSES: dict[str, tuple[int, ...]] = {
+    "context_length": (400, 413, 422), "payment": (402, 403), "unauthorized": (401, 403),
+    "rate_limited": (429, 503), "unknown_model": (404, 400), "content_filter": (400, 403),
+    "server_error": (503, 500, 501, 502, 504, 408),
+}  # fmt: skip
+
+
+# --- words ---------------------------------------------------------------------------------------
+
+
+def phrases(lines: str) -> re.Pattern[str]:
+    """A pattern for lower-case text that fits when one of `lines` does: a regular expression each.
+
+    In them ` ... ` is a gap of up to 50 characters, and a blank is whatever divides words, or
+    nothing: "invalid api key" is invalid_api_key and InvalidApiKey, too. ^ and $ hold all of one
+    thing that an error says. Chinese knows no blanks: it fits anywhere.
+    """
+    found = []
+    for line in filter(None, (line.strip() for line in lines.splitlines())):
+        pattern = line.replace(" ... ", GAP).replace(" ", DIVIDED)
+        begins_a_word = "(?<![a-z0-9])" if line.isascii() else ""
+        found.append(f"{begins_a_word}(?:{pattern})")
+    return re.compile("|".join(found), re.M)
+
+
+GAP, DIVIDED = r"[^\n]{0,50}?(?<![a-z0-9])", r"(?:[^\w\n]|_){0,3}"
+
+
+KEY = (
+    "(x )?(api secret|api|secret|access|subscription|auth|authentication|bearer|security|session)"
+    " (key|token)"
+)
+
+
+PROMPT = "(prompt|inputs?|request|messages?|conversation|history|payload|entity)"
+MODEL = r"models?:? ?(?!output|response|param|input)([`'\"][^`'\"\n]{1,100}[`'\"]|[\w./:@-]+)"
+
+
+class Words(NamedTuple):
+    """What an error says when it means `outcome`; `only` and `never` are statuses, () is any."""
+
+    outcome: str
+    pattern: re.Pattern[str]
+    only: tuple[int, ...] = ()
+    never: tuple[int, ...] = ()
+    unless: re.Pattern[str] | None = None
+
+
+# The first row that fits counts. Each was met at a provider; tests/test_judge.py says at whose.
+SAYS = (
+    Words("client_error", phrases(r"""
+        unsupported country
+        (country|countries|region|territory|user location) ... (not|un) ?(supported|available)
+        not (yet )?(available|supported|allowed) ... (your|this|the) (country|region|location)
+        un(available|supported) ... (your|this|the) (country|region|location)
+    """)),
+    Words("context_length", phrases(r"""
+        context length exceeded
+        context window exceeded
+        context overflow
+        exceed context size
+        prompt tokens exceeded
+        long context requests
+    """)),
+    Words("payment", phrases(r"""
+        insufficient (user|account|api|usd|token)? ?(quota|balance|credit|fund)
+        insufficient \w+ (or \w+ )?balance
+        not enough (balance|credit|fund|quota|money)
+        quota is not enough
+        credit balance
+        payment required
+        arrearage
+        in arrears
+        requires? more credits
+        (out of|no) credits\b
+        (used|exhausted|run out|ran out|consumed) ... credits\b
+        included credits
+        billing error
+        billing not active
+        billing hard limit
+        check your billing details on our
+        spend(ing)? limit
+        overdue
+        recharge
+        free (allocated )?(tier|quota) ... (exhausted|exceeded|only)
+        budget ?(has been )?exceeded
+        over budget
+        invalid subscription(?! key)
+        valid coding plan
+        (plan|subscription|membership) ... expired
+        not (yet )?(available|include)d? ... plan\b
+        plan ... (does not|doesn.t) ... include
+        membership benefits
+        (status|code|http) 402\b
+        余额不足|余额已|欠费|额度不足|额度已|剩余额度|预扣费|充值|资源包|套餐已到期|套餐暂未开放
+    """)),
+    Words("payment", phrases(r"""
+        exceeded (your )?current (token )?quota
+        check your (plan|account|billing) ... (billing|balance)
+    """), unless=phrases(r"""
+        resource ?(has been )?exhausted
+        retry in \d
+        per (day|minute)
+        generate ?content
+    """)),  # Google's limits per minute and per day say the same as OpenAI's empty account
+    Words("unauthorized", phrases(r"""
+        (invalid|incorrect|wrong|missing|expired|unknown|bad|inactive|disabled|revoked|no) KEY\b
+        KEY ... (invalid|not valid|incorrect|wrong|missing|expired|revoked|blocked|leaked|required)
+        KEY ... (disabled|deleted|deactivated|suspended|not (found|set|provided))
+        (did ?n.t|not|must|please) (provide|pass|include|supply|specify|send|carry) ... KEY
+        (access|auth|authentication|security|api) token ... (非法|已过期|的验证)
+        token seems invalid
+        (jwt|credentials?) ... (invalid|expired|missing|revoked|required)
+        (invalid|bad|no|missing) (auth |authentication )?credentials
+        invalid (authentication|authori[sz]ation|auth|bearer|jwt)\b
+        (no|missing) (auth|authentication|authori[sz]ation) header
+        invalid user ?(name)? or password
+        authentication (error|fail|required)
+        (failed|unable|could not|cannot) (to )?(be )?authenticate
+        not authenticated
+        unauthenticated
+        ^unauthori[sz]ed\W*$
+        login fail
+        key limit exceeded
+        access (was |has been |is )?terminated
+        account deactivated
+        (account|organi[sz]ation|workspace) ... (is|was|been) (currently )?(deactivated|suspended)
+        (account|organi[sz]ation|workspace) ... (is|was|been) (terminated|disabled|banned|blocked)
+        (account|organi[sz]ation|workspace) ... (is|was|been) (locked|restricted|deleted)
+        (error code|status|http) 401\b
+        (无效|未提供|过期)的? ?(令牌|密钥|api key)
+        令牌(状态不可用|无效|已过期|已失效|验证)
+        (密钥|api key).{0,6}(无效|错误|不正确|过期|不存在)
+        身份验证失败|无法进行身份验证|认证失败|鉴权失败
+        账[户号](已被|不存在|当前处于非活)
+    """.replace("KEY", KEY))),
+    Words("rate_limited", phrases(r"""
+        rate limit
+        too many (concurrent )?requests
+        throttl
+        slow down
+        model cooldown
+        cooling down
+        (requests?|tokens?|queries|calls) (\w+ )?per (second|min|hour|day)
+        [rt]p[mds]\b
+        quota (limit )?(exceeded|exhausted|reached)
+        exceeded ... quota\b
+        quota ... exceeded
+        resource ?(has been )?exhausted
+        concurren\w+ ... (limit|exceed|reached)
+        (limit|exceed|maximum|many)\w* ... concurren
+        usage limit
+        (hour|hourly|daily|weekly|monthly) (usage )?limit
+        limit ... reset
+        capacity exceeded
+        please wait ... (before|and) (try|retry)
+        (error code|status|http) 429\b
+        请求(过于|太|频率|过多|数过|次数)
+        频率(过高|限制|超)
+        限流|限速|流量限制|并发数|访问量过大|次数限额|使用上限
+    """)),
+    Words("context_length", phrases(r"""
+        max(imum)?\x20(context|prompt|input|sequence|model)[\x20-](length|size|limit|tokens?|window)
+        (exceed\w*|longer|larger|greater|more than|fit) ... context (length|window|size|limit)
+        context (length|window|size|limit) ... (exceed|overflow|too small|is only|ran out)
+        PROMPT ((length|size|tokens?|text|contents?) )?((is|are|was) )?(much )?too (long|large)
+        PROMPT\b(?![^\n:]{0,40}\b(image|file|audio|video|tool|name))[^\n:]{0,40}?\bexceed
+        exceed\w* ... (input|prompt|model|context) tokens?\b
+        exceeds? the max(imum)? (allowed )?number of (input )?tokens
+        (longer|larger|greater|more) than ... max(imum)? ... (length|tokens?|context|len)\b
+        (longer|larger|greater|more) than ... context ... (length|tokens?|context|len)\b
+        (reduce|shorten|trim) (the |your )?(length of|prompt|inputs?|messages?|context|conversation)
+        range of input length
+        current length is \d+ while
+        token limit exceeded
+        exceed\w* ... token limit
+        inputs? tokens? \+ max_new_tokens
+        requested [\d,]+ tokens, max
+        (messages?|input|prompt)\b[^'\n]{0,60}'?: string too long
+        prompt ?(超长|过长)
+        输入.{0,8}(过长|超长|超出|超过)
+        上下文.{0,8}(过长|超)
+        超(出|过).{0,12}(上下文|最大长度|长度限制)
+        请压缩上下文
+    """.replace("PROMPT", PROMPT)),
+        unless=phrases(r"""
+        ^(?![^\n]*(input|prompt|messages|maximum context))[^\n]*max_(\w{1,20}_)?tokens
+        ^(?![^\n]*(input|prompt|messages|maximum context))[^\n]*output tokens
+    """)),  # too many tokens are wanted of the answer: the prompt may be short
+    Words("context_length", phrases("too many (input |prompt |context )?tokens"), never=(429,)),
     # "does not support tools" and "no endpoints found that support ..." blame the request.
-    ("unknown_model", (400, 404), re.compile(
-        r"model_not_found|\bmodel:? ?[`'\"]?[\w./:@-]+[`'\"]?,? (was |is |has )?"
-        r"(not (been )?(found|exist|valid)|does not exist)|model not found"
-        r"|no (endpoints|models?) found for\b"
-        r"|(unknown|no such|not a valid) model\b|invalid model( name| id|:|$)", re.I)),
-    ("unauthorized", (403,), re.compile(
-        r"api.?key|credential|authenticat|authoriz|permission|token|user not found", re.I)),
+    Words("unknown_model", phrases(r"""
+        model not (found|exist|available|supported|open)\b
+        MODEL,? (was |is |has )?not (been |currently |yet )?(found|exist|valid)
+        MODEL,? (was |is |has )?not (been |currently |yet )?(deployed|served|loaded)
+        MODEL,? does(n.t| not) exist
+        MODEL,? (has |is )?(been |reached its )?(decommissioned|end of life|retired|no longer)
+        no (endpoints|models?|deployments?|healthy deployments) (found |available )?for\b
+        no available channel
+        no models? loaded
+        requested model is not supported
+        (unknown|no such|not a valid|invalid) model\b(?! (param|out|resp))
+        model identifier is invalid
+        not found the model
+        ^model:? ?\S*( is)? not support(ed)?\W*$
+        ^model: \S+$
+        (no|not have|don.t have|lacks?|not allowed to) access ... models?\b
+        model access denied
+        unable to access model
+        not activated the model
+        on demand throughput isn.t supported
+        deployment not found
+        not found for account
+        could not find (real modelid|suitable inference)
+        模型.{0,60}(不存在|无可用|已下线|未开通)
+        无可用渠道|无权访问.{0,4}模型|不支持的?模型|未知模型
+    """.replace("MODEL", MODEL)), never=(429,)),
+    Words("content_filter", phrases(r"""
+        content filter
+        content policy
+        responsible ai policy
+        data inspection failed
+        content exists risk
+        prohibited content
+        sensitive words
+        new sensitive
+        considered high risk
+        as a result of (our|the) safety system
+        敏感内容|敏感词|敏感信息|违规内容
+    """), never=(401, 402, 404, 429)),  # it ends the walk: beyond doubt, in most statuses
+    Words("content_filter", phrases(r"""
+        content (management|moderation)
+        moderation
+        flagged(?! as deprecated)
+        safety(?!_)
+        responsible ai
+        usage guidelines
+        inappropriate content
+        violat\w* ... (polic|guideline|terms)
+        内容安全|不合规
+    """), only=(400, 403)),
+    Words("server_error", phrases(r"""
+        overloaded
+        at (full |max |maximum )?capacity
+        (high|heavy) (demand|load|traffic)
+        (model|service|server|system|engine) ... (is|are) (\w+ )?(busy|loading)
+        too busy
+        (temporarily|currently) unavailable
+        service unavailable
+        bad gateway
+        gateway time ?out
+        internal server error
+        ^server_error$
+        deadline exceeded
+        过载|负载过高|系统繁忙|服务.{0,3}繁忙|内部错误|服务器错误|服务暂时不可用
+    """), only=(400, 403, 404, 409, 422)),
+    Words("unauthorized", phrases(r"""
+        api key
+        credential
+        authenticat
+        (un)?authori[sz]
+        permission
+        user not found
+        (invalid|your) token
+        token (is|was|has)\b
+    """), only=(403,)),
 )  # fmt: skip
+OUTRANKING = (401, 402, 413, 429)  # a number in an error that says more than the status around it
 
 
 def judge(status: int, text: str) -> str:
     """The outcome, a key of VERDICTS, of an upstream's status and what its error says."""
-    for outcome, statuses, pattern in BY_TEXT:
-        if status in statuses and pattern.search(text[:2000]):
-            return outcome
+    if status >= 400 and (said := _by_words(status, text)):
+        return said
     if 300 <= status < 400:
         return "redirect"
     other = (
@@ -89,30 +342,50 @@ def judge(status: int, text: str) -> str:
     return BY_STATUS.get(status, other)
 
 
-def failure_from(status: int, body: Any, retry_after: str | None = None) -> Failure:
+def _by_words(status: int, text: str) -> str:
+    text = text.lower()
+    for words in SAYS if text else ():
+        if (words.only and status not in words.only) or status in words.never:
+            continue
+        if words.pattern.search(text) and not (words.unless and words.unless.search(text)):
+            return words.outcome
+    return ""
+
+
+# --- answers -------------------------------------------------------------------------------------
+
+
+def failure_from(status: int, body: Any, headers: Mapping[str, str] | None = None) -> Failure:
     """The failure that an error answer means, in any upstream's dialect.
 
-    OpenAI and Ollama send {"error": {...}}; OpenRouter the same with a numeric code, also inside a
-    200 and in a stream; others {"error": "text"}, {"detail": ...} or {"message": ...}.
+    `body` is the answer's bytes or the JSON value in them. In a 200 and in a stream, an error
+    counts by the number that it names, as if that were the status, and by its words.
     """
-    body = body if isinstance(body, dict) else {}
-    error = body.get("error") or body.get("detail") or body.get("message")
-    if isinstance(error, list):  # FastAPI's places
-        error = "; ".join(str(place.get("msg")) for place in error if isinstance(place, dict))
-    error = error if isinstance(error, dict) else {"message": error}
-    metadata = error.get("metadata")
-    hints = metadata if isinstance(metadata, dict) else {}
-    flagged = "flagged" if hints.get("reasons") else ""
-    parts = [error.get("code"), error.get("type"), error.get("message"), hints.get("raw"), flagged]
-    text = " ".join(str(part) for part in parts if isinstance(part, str | int))
+    said = read_error(body)
     if status < 300:
-        code = str(error.get("code") or error.get("status"))
-        told = int(code) if code.isdecimal() and len(code) == 3 and code[0] in "45" else 0
-        says_why = any(pattern.search(text) for _, _, pattern in BY_TEXT[:2])
-        status = told or (400 if says_why else 500)
-    message = error.get("message") if isinstance(error.get("message"), str) else ""
-    wait_s = retry_after_of(retry_after) if status in (429, 503) else None
-    return Failure(judge(status, text), str(message), status, wait_s)
+        plain = _by_words(400, said.text)
+        outcome = judge(said.status, said.text) if said.status else plain or "server_error"
+        status = said.status or 500
+    else:
+        outcome = _by_words(status, said.text) if status >= 400 else ""
+        outcome = outcome or judge(said.status if said.status in OUTRANKING else status, "")
+    known = STATUSES.get(outcome, (status,))
+    if status not in known and not (outcome == "server_error" and status >= 500):
+        status = known[0]
+    waits = outcome == "rate_limited" or status == 503
+    # Who asks for more than a minute's worth will not get it a minute later.
+    too_large = re.search(r"request too large", said.text, re.I)
+    wait_s = wait_of(headers or {}, said) if waits and not too_large else None
+    return Failure(outcome, said.message, status, wait_s)
+
+
+def read_told(reply: Reply) -> bytes:
+    """What an error answer holds, its first `MAX_ERROR` bytes, or what has come of it."""
+    data = bytearray()
+    with contextlib.suppress(Failure):  # the status is the verdict, with or without its text
+        while len(data) < MAX_ERROR and (chunk := reply.read1()):
+            data += chunk
+    return unpacked(bytes(data[:MAX_ERROR]), reply.headers.get("content-encoding", ""))
 
 
 def check_head(reply: Reply) -> None:
@@ -123,12 +396,10 @@ def check_head(reply: Reply) -> None:
         return
     if status < 300:
         raise Failure("not_an_answer", f"status {status}" if plain else "compressed", status)
-    data = b""
-    with contextlib.suppress(Failure):  # the status is the verdict, with or without its text
-        data = read_whole(reply, MAX_ERROR) if plain else b""
+    data = read_told(reply)
     if reply.flight.why:
         raise Failure(reply.flight.why, status=status)
-    raise failure_from(status, parse_loosely(data), reply.headers.get("retry-after"))
+    raise failure_from(status, data, reply.headers)
 
 
 # What a finish_reason says, in the words of all servers in use. One that stands in no row ends an

@@ -37,6 +37,7 @@ from parts.judge import (
     finish_kind,
 )  # fmt: skip
 from parts.logs import where_it_broke
+from parts.metrics import usage_of
 
 log = logging.getLogger("llm_router")
 
@@ -197,8 +198,8 @@ class Relay:
         told = error_of(body) if odd or body.get("object") == "error" else None
         if told:
             raise failure_from(200, told)
-        if isinstance(body.get("usage"), dict):
-            self.usage = body["usage"]
+        if usage := usage_of(body):
+            self.usage = usage
         for choice in choices_of(body):
             told = error_of(choice) if "error" in choice else None
             if told:  # OpenRouter tells it in a choice, too

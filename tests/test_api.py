@@ -211,9 +211,16 @@ def test_chat_answers_explain_themselves(client):
 
 @pytest.mark.parametrize(
     ("model", "category", "first"),
-    [("router/code", "code", "acme/one"), ("code", "code", "acme/one"),
-     ("acme/two", "explicit", "acme/two"), ("two", "explicit", "acme/two")],
-)  # fmt: skip
+    [
+        ("router/code", "code", "acme/one"),
+        ("code", "code", "acme/one"),
+        ("acme/two", "explicit", "acme/two"),
+        ("two", "explicit", "acme/two"),
+        ("router/acme/two", "explicit", "acme/two"),
+        ("router/two", "explicit", "acme/two"),
+        ("router/router/code", "code", "acme/one"),
+    ],
+)
 def test_an_explicit_model_or_category_is_taken(client, upstream, model, category, first):
     answer = client.chat(model=model)
 
@@ -222,11 +229,44 @@ def test_an_explicit_model_or_category_is_taken(client, upstream, model, categor
     assert upstream.models_asked() == [first]
 
 
+@pytest.mark.parametrize("model", ["router", "router/router", "router/router/router"])
+def test_the_routers_own_name_is_known_with_and_without_a_clients_prefix(client, model):
+    answer = client.chat("refactor this", model=model)
+
+    assert answer.headers["X-Router-Category"] == "code"
+    assert answer.headers["X-Router-Mode"] == "keywords"
+    assert "X-Router-Model-Ignored" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("model", "category"), [("router/code", "code"), ("router/far", "explicit")]
+)
+def test_a_model_whose_id_begins_like_the_router_gives_way_to_a_category(
+    tmp_path, upstream, model, category
+):
+    path = tmp_path / "routes.json"
+    models = {"router/code": {}, "router/far": {}}
+    path.write_text(json.dumps(small_routes(upstream.url, models=models)))
+
+    answer = LocalClient(module.create_app(settings_for(path))).chat(model=model)
+
+    assert answer.headers["X-Router-Category"] == category
+    assert answer.headers["X-Router-Model"] == {"code": "acme/one"}.get(category, model)
+
+
 def test_any_other_model_counts_as_router_and_says_so(client):
     answer = client.chat(model="gpt-99")
 
     assert answer.status_code == 200
     assert answer.headers["X-Router-Model-Ignored"] == "gpt-99"
+
+
+@pytest.mark.parametrize("model", ["router/none", "router/", "router/router/none/x"])
+def test_an_unknown_category_is_a_404(client, model):
+    answer = client.chat(model=model)
+
+    assert answer.status_code == 404
+    assert answer.json["error"]["code"] == "model_not_found"
 
 
 @responses.activate

@@ -262,8 +262,23 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         ({"tools": [TOOL] * 8, "tool_choice": {"type": "function"}}, "tools", "tools"),
         ({"tools": [TOOL], "tool_choice": "none"}, "conversation", "keywords"),
         ({"tools": []}, "conversation", "keywords"),
+        ({"functions": [{"name": "f"}]}, "tools", "tools"),
+        ({"functions": [{"name": "f"}] * 8}, "conversation", "keywords"),
+        ({"functions": [{"name": "f"}] * 8, "function_call": {"name": "f"}}, "tools", "tools"),
+        ({"functions": [{"name": "f"}], "function_call": "none"}, "conversation", "keywords"),
+        ({"functions": "f"}, "conversation", "keywords"),
+        ({"tools": [TOOL] * 8, "tool_choice": "any"}, "tools", "tools"),  # Mistral
+        ({"tools": [TOOL] * 8, "tool_choice": {"type": "any"}}, "tools", "tools"),  # Anthropic
+        ({"tools": [TOOL] * 8, "tool_choice": {"type": "tool", "name": "f"}}, "tools", "tools"),
+        ({"tools": [TOOL] * 8, "tool_choice": {"type": "auto"}}, "conversation", "keywords"),
+        ({"tools": [TOOL] * 8, "tool_choice": {}}, "conversation", "keywords"),
+        ({"tools": [TOOL], "tool_choice": {"type": "none"}}, "conversation", "keywords"),
+        ({"tools": [TOOL] * 8, "tool_choice": {"type": "allowed_tools", "allowed_tools": {
+            "mode": "auto", "tools": [TOOL]}}}, "conversation", "keywords"),
+        ({"tools": [TOOL] * 8, "tool_choice": {"type": "allowed_tools", "mode": "required"}},
+         "tools", "tools"),
     ],
-)
+)  # fmt: skip
 def test_tools_offered_by_an_agent_decide_only_when_they_are_few(client, body, category, mode):
     answer = client.chat(**body)
 
@@ -288,10 +303,16 @@ IMAGE = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"
     ("limits", "body"),
     [
         ({"tools": False}, {"tools": [TOOL]}),
+        ({"tools": False}, {"functions": [{"name": "f"}]}),
         ({"images": False}, {"messages": [user(IMAGE)]}),
+        ({"images": False}, {"messages": [user([{"type": "input_image"}])]}),
+        ({"images": False}, {"messages": [user([{"type": "image", "source": {}}])]}),  # Anthropic
+        ({"images": False}, {"messages": [user([{"type": "file", "file": {}}])]}),
+        ({"images": False}, {"messages": [user(
+            [{"type": "tool_result", "content": [{"type": "image"}]}])]}),
         ({"context": 100}, {"messages": [user("hello " * 1000)]}),
     ],
-)
+)  # fmt: skip
 def test_models_that_cannot_take_a_request_are_passed_over(build, upstream, limits, body):
     client = build(models={"acme/one": limits})
 
@@ -302,6 +323,22 @@ def test_models_that_cannot_take_a_request_are_passed_over(build, upstream, limi
     assert unable.status_code == 422
     assert unable.json["error"]["code"] == "no_capable_model"
     assert upstream.models_asked() == ["acme/two"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"tools": [TOOL], "tool_choice": {"type": "none"}}, {"functions": [], "tools": []},
+     {"messages": [user([{"type": "text", "text": "hi"},
+                         {"type": "tool_result", "content": "x"}])]}],
+)  # fmt: skip
+def test_a_model_without_tools_and_pictures_takes_what_needs_none(tmp_path, upstream, body):
+    limits = {"tools": False, "images": False}
+    path = tmp_path / "routes.json"
+    path.write_text(json.dumps(small_routes(upstream.url, models={"acme/one": limits})))
+
+    answer = LocalClient(module.create_app(settings_for(path))).chat(**body)
+
+    assert answer.headers["X-Router-Model"] == "acme/one"
 
 
 # --- Ollama ------------------------------------------------------------------------------------
@@ -370,7 +407,7 @@ def test_ollama_answers_are_remembered_per_table(asking, ollama):
         plain(404, b'{"error": "model not found"}'),
         plain(503, b"busy", "text/plain"),
         plain(200, b"not json"),
-        plain(200, b'{"message": {"content": "code"}}'),
+        plain(200, b'{"message": {"content": "I cannot say"}}'),
         plain(200, b"[]"),
         said("no-such-category"),
         plain(200, b'{"message": {"content": "' + b"x" * 10_000_000 + b'"}}'),
@@ -378,7 +415,7 @@ def test_ollama_answers_are_remembered_per_table(asking, ollama):
         raw(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nshort"),
     ],
     ids=[
-        "slow", "hang", "404", "503", "garbage", "no-json", "list", "unknown", "10MB", "drop",
+        "slow", "hang", "404", "503", "garbage", "prose", "list", "unknown", "10MB", "drop",
         "cut",
     ],
 )  # fmt: skip
@@ -392,6 +429,73 @@ def test_whatever_ollama_does_keywords_answer_in_time(asking, ollama, script):
     assert answer.status_code == 200
     assert answer.headers["X-Router-Mode"] == "keywords"
     assert answer.headers["X-Router-Category"] == "code"
+
+
+def in_words(content: str, **more):
+    message = {"role": "assistant", "content": content, **more}
+    return plain(200, json.dumps({"message": message, "done": True}).encode())
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"category": "reasoning"}', '```json\n{"category": "reasoning"}\n```', "reasoning",
+     '"reasoning"', "Reasoning.", '{"category":"Reasoning"}', '[{"category": "reasoning"}]',
+     'Here: {"category": "reasoning"}', "**reasoning**", "The category is: reasoning",
+     '<think>code? tools?</think>{"category": "reasoning"}', "code, or tools?</think>reasoning",
+     '<think>\n\n</think>\n\n{"category":"reasoning"}', '{"Category" : "REASONING"}',
+     '{"category": "reasoning", "because": "it is no code"}'],
+)  # fmt: skip
+def test_an_answer_that_names_one_category_is_taken_however_it_is_wrapped(asking, ollama, content):
+    ollama.default = in_words(content)
+
+    answer = asking.chat("refactor this")
+
+    assert answer.headers["X-Router-Category"] == "reasoning"
+    assert answer.headers["X-Router-Mode"] == "ollama"
+    assert asking.get("/health").json["classifier"] == {"status": "ok"}
+
+
+def test_content_beside_thoughts_is_the_answer(asking, ollama):
+    ollama.default = in_words("reasoning", thinking="code, tools or conversation?")
+
+    assert asking.chat("refactor this").headers["X-Router-Category"] == "reasoning"
+
+
+@pytest.mark.parametrize(
+    ("script", "reason", "advice"),
+    [
+        (in_words("", thinking="Okay, the user wants code"), "only_thoughts", "does not think"),
+        (in_words("<think>Okay, the user wants"), "only_thoughts", "does not think"),
+        (in_words("code or reasoning"), "unknown_category", "does not name one category"),
+        (in_words('{"category": "code reasoning"}'), "unknown_category", "a larger model may"),
+        (in_words("encode"), "unknown_category", "does not name one category"),
+        (in_words(""), "unknown_category", "does not name one category"),
+        (plain(200, b'{"message": {"content": null}}'), "unreadable_answer", "form"),
+        (plain(400, b'{"error": "format is not supported"}'), "status 400", "not supported"),
+    ],
+)
+def test_health_says_in_a_sentence_what_is_wrong_with_the_classifier(
+    asking, ollama, script, reason, advice
+):
+    ollama.default = script
+
+    answer = asking.chat("refactor this")
+
+    told = asking.get("/health").json["classifier"]
+    assert answer.headers["X-Router-Mode"] == "keywords"
+    assert (told["status"], told["reason"]) == ("failing", reason)
+    assert told["message"].startswith(("tiny ", "Ollama at "))
+    assert advice in told["message"]
+
+
+def test_a_model_is_asked_not_to_think_unless_it_refuses_that(asking, ollama):
+    refusal, good = plain(400, b'{"error": "\\"tiny\\" does not support thinking"}'), said("code")
+    ollama.default = lambda peer, r: (refusal if "think" in r.body else good)(peer, r)
+
+    modes = [asking.chat(f"text {n}").headers["X-Router-Mode"] for n in range(2)]
+
+    assert modes == ["ollama", "ollama"]
+    assert [r.body.get("think") for r in ollama.requests] == [False, None, None]
 
 
 def test_a_dead_ollama_is_left_alone_for_a_while_and_health_says_so(asking, ollama):

@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from parts.exchange import retry_after_of
 from parts.judge import VERDICTS, failure_from, judge
 
 # --- the table, a line per row -----------------------------------------------------------------
@@ -53,8 +52,8 @@ def test_a_status_without_a_text_has_its_row(status, outcome):
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
-def test_a_text_never_excuses_a_server_error_or_a_rate_limit(status):
-    text = "context length exceeded, content policy, model not found, api key"
+def test_a_text_that_says_nothing_plainly_excuses_no_server_error_and_no_rate_limit(status):
+    text = "context, token, model, key, account, credit, safety, prompt and quota are words"
 
     assert VERDICTS[judge(status, text)].strike
 
@@ -98,12 +97,20 @@ OPENAI = {
                   "unknown_model"),
     "rate": (429, said("Rate limit reached for gpt-4o in organization org-1 on tokens per min",
                        code="rate_limit_exceeded"), "rate_limited"),
-    "quota": (429, said("You exceeded your current quota", code="insufficient_quota"),
-              "rate_limited"),
+    "quota": (429, said("You exceeded your current quota", code="insufficient_quota"), "payment"),
     "server": (500, said("The server had an error while processing your request."),
                "server_error"),
     "overloaded": (503, said("The engine is currently overloaded"), "server_error"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(("status", "body", "outcome"), OPENAI.values(), ids=OPENAI)
+def test_openai_dialect(status, body, outcome):
+    failure = failure_from(status, body)
+
+    assert failure.outcome == outcome
+    assert failure.status == (402 if outcome == "payment" else status)
+    assert failure.message == body["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -303,6 +310,412 @@ def test_any_shape_of_an_error_body_is_judged_by_its_status(body):
     assert failure_from(400, json.loads(json.dumps(body))).outcome == "refused"
 
 
+# --- what providers were seen to say, whatever the status ----------------------------------------
+
+# Each row: who said it, the status, the words; a text stands for {"error": {"message": text}}.
+PROMPT_TOO_LONG = [
+    ("OpenAI", 400, "This model's maximum context length is 8192 tokens. However, your messages "
+                    "resulted in 9001 tokens. Please reduce the length of the messages."),
+    ("OpenAI, Responses", 400, "Your input exceeds the context window of this model. Please adjust "
+                               "your input and try again."),
+    ("OpenAI, tokens", 400, "Input tokens exceed the configured limit of 272000 tokens. Your "
+                            "messages resulted in 300000 tokens."),
+    ("OpenAI, a message", 400, "Invalid 'messages[1].content': string too long. Expected a string "
+                               "with maximum length 10485760, but got 11000000 instead."),
+    ("OpenAI, embeddings", 400, "Requested 350000 tokens, max 300000 tokens per request"),
+    ("Anthropic", 400, "prompt is too long: 213462 tokens > 200000 maximum"),
+    ("Anthropic, with max_tokens", 400, "input length and `max_tokens` exceed context limit: "
+                                        "186433 + 20000 > 200000"),
+    ("Anthropic, bytes", 413, {"type": "error", "error": {
+        "type": "request_too_large", "message": "Request exceeds the maximum size"}}),
+    ("Anthropic, tier", 429, {"type": "error", "error": {
+        "type": "rate_limit_error",
+        "message": "Extra usage is required for long context requests."}}),
+    ("Gemini", 400, [{"error": {"code": 400, "status": "INVALID_ARGUMENT", "message": "The input "
+                      "token count (1196265) exceeds the maximum number of tokens allowed "
+                      "(1048575)."}}]),
+    ("Gemini, bytes", 400, "Request payload size exceeds the limit: 20971520 bytes."),
+    ("Bedrock", 400, {"message": "Input is too long for requested model."}),
+    ("xAI", 400, {"code": "Client specified an invalid argument", "error": "This model's maximum "
+                  "prompt length is 131072 but the request contains 537812 tokens."}),
+    ("Groq", 400, "Please reduce the length of the messages or completion."),
+    ("Cerebras", 400, {"message": "Please reduce the length of the messages or completion. Current "
+                       "length is 9000 while limit is 8192", "code": "context_length_exceeded"}),
+    ("OpenRouter", 400, "This endpoint's maximum context length is 262144 tokens. However, you "
+                        "requested about 284283 tokens"),
+    ("OpenRouter, Poolside", 400, "Input length 140000 exceeds the maximum allowed input length "
+                                  "of 131072 tokens."),
+    ("Together", 422, "The input (9000 tokens) is longer than the model's context length (8192 "
+                      "tokens)."),
+    ("Mistral", 400, {"object": "error", "message": "Prompt contains 40000 tokens and 0 draft "
+                      "tokens, too large for model with 32768 maximum context length"}),
+    ("Moonshot", 400, "Invalid request: Your request exceeded model token limit: 262144 "
+                      "(requested: 269030)"),
+    ("MiniMax", 400, "invalid params, context window exceeds limit (2013)"),
+    ("Zhipu", 400, {"error": {"code": "1261", "message": "Prompt exceeds max length"}}),
+    ("Zhipu, Chinese", 400, {"error": {"code": "1261", "message": "Prompt 超长"}}),
+    ("Zhipu, tokens", 400, "tokens in request more than max tokens allowed"),
+    ("DashScope", 400, {"error": {"code": "invalid_parameter_error", "message":
+                        "Range of input length should be [1, 129024]"}}),
+    ("Volcano Ark", 400, "Input length 203743 exceeds the maximum length 202752"),
+    ("GitHub Copilot", 400, {"error": {"code": "model_max_prompt_tokens_exceeded", "message":
+                             "prompt token count of 135000 exceeds the limit of 128000"}}),
+    ("llama.cpp, 500", 500, "Context size has been exceeded."),
+    ("llama.cpp, 500, type", 500, {"error": {"code": 500, "type": "exceed_context_size_error",
+     "message": "the request exceeds the available context size. try increasing the context size "
+     "or enable context shift", "n_prompt_tokens": 1407, "n_ctx": 256}}),
+    ("llama.cpp, 400", 400, "request (4390 tokens) exceeds the available context size (4096 "
+                            "tokens), try increasing it"),
+    ("llama-cpp-python", 400, {"detail": "Requested tokens (3000) exceed context window of 2048"}),
+    ("LM Studio", 400, {"error": "Trying to keep the first 5000 tokens when context the overflows. "
+                        "However, the model is loaded with context length of only 4096 tokens, "
+                        "tokens to keep from the initial prompt is greater than the context "
+                        "length"}),
+    ("Ollama", 400, "prompt too long; exceeded max context length by 100 tokens"),
+    ("Ollama, input", 400, "the input length exceeds the context length"),
+    ("vLLM", 400, "The decoder prompt (length 9000) is longer than the maximum model length of "
+                  "8192."),
+    ("vLLM, with max_tokens", 400, "'max_tokens' or 'max_completion_tokens' is too large: 9000. "
+     "This model's maximum context length is 8192 tokens and your request has 20 input tokens."),
+    ("vLLM behind a proxy", 500, "litellm.ContextWindowExceededError: Hosted_vllmException"),
+    ("SGLang", 400, "Input length (9000 tokens) exceeds the maximum allowed length (8192 tokens)."),
+    ("SGLang, total", 400, "Requested token count exceeds the model's maximum context length of "
+                           "8192 tokens."),
+    ("TGI", 422, {"error": "Input validation error: `inputs` tokens + `max_new_tokens` must be <= "
+                  "4096. Given: 4000 `inputs` tokens and 200 `max_new_tokens`"}),
+    ("TensorRT-LLM", 500, "Prompt length (5000) exceeds maximum input length (4096)."),
+    ("TabbyAPI", 400, "Prompt length 5000 is greater than max_seq_len 4096"),
+    ("Cohere", 400, {"message": "too many tokens: size limit exceeded by 300 tokens. Try using "
+                     "shorter or fewer inputs"}),
+    ("AI21", 422, {"detail": "Prompt has 9000 tokens which is longer than the max number of "
+                   "tokens allowed (8192)"}),
+    ("mlx", 400, "Prompt exceeds maximum context length"),
+    ("nginx", 413, "<html><head><title>413 Request Entity Too Large</title></head></html>"),
+    ("a proxy's body limit", 400, "request entity too large"),
+    ("a Chinese gateway", 400, "上下文过长，请压缩上下文后重试"),
+    ("a Chinese gateway, input", 500, "输入内容过长：输入长度超过模型上限"),
+]  # fmt: skip
+NOT_PAID = [
+    ("OpenAI", 429, {"error": {"message": "You exceeded your current quota, please check your plan "
+                     "and billing details.", "type": "insufficient_quota",
+                     "code": "insufficient_quota"}}),
+    ("OpenAI, inactive", 429, {"error": {"message": "Your account is not active, please check your "
+                               "billing details on our website.", "code": "billing_not_active"}}),
+    ("OpenAI, limit", 400, {"error": {"message": "Billing hard limit has been reached",
+                            "code": "billing_hard_limit_reached"}}),
+    ("Anthropic", 400, {"type": "error", "error": {"type": "invalid_request_error", "message":
+                        "Your credit balance is too low to access the Anthropic API. Please go to "
+                        "Plans & Billing to upgrade or purchase credits."}}),
+    ("OpenRouter", 402, "This request requires more credits, or fewer max_tokens."),
+    ("OpenRouter, account", 402, "Insufficient credits. Add more using https://..."),
+    ("DeepSeek", 402, {"error": {"message": "Insufficient Balance", "type": "unknown_error",
+                       "code": "invalid_request_error"}}),
+    ("xAI", 403, {"code": "The caller does not have permission to execute the specified operation",
+                  "error": "Your team acme has either used all available credits or reached its "
+                  "monthly spending limit. To continue making API requests, please purchase more "
+                  "credits or raise your spending limit."}),
+    ("MiniMax, 500", 500, {"type": "error", "error": {"type": "api_error",
+                           "message": "insufficient balance (1008)"}}),
+    ("MiniMax, 429", 429, {"error": {"http_code": "429", "message": "insufficient balance (1008)",
+                           "type": "insufficient_balance_error"}}),
+    ("Zhipu", 429, {"error": {"code": "1113", "message": "余额不足或无可用资源包,请充值。"}}),
+    ("Zhipu, English", 429, {"error": {"code": "1113", "message": "Insufficient balance or no "
+                             "resource package. Please recharge."}}),
+    ("Zhipu, plan", 429, {"error": {"code": "1311", "message": "Your current subscription plan "
+                          "does not yet include access to GLM-5V-Turbo"}}),
+    ("Moonshot", 429, {"error": {"type": "exceeded_current_quota_error", "message": "Your account "
+                       "org-1 is suspended, please check your plan and billing details"}}),
+    ("Moonshot, tokens", 429, {"error": {"type": "exceeded_current_quota_error", "message": "You "
+                               "exceeded your current token quota, please check your account "
+                               "balance"}}),
+    ("DashScope", 400, {"error": {"code": "Arrearage", "message": "Access denied, please make sure "
+                        "your account is in good standing."}}),
+    ("DashScope, free", 403, {"error": {"code": "AllocationQuota.FreeTierOnly", "message": "The "
+                              "free tier of the model has been exhausted."}}),
+    ("Volcano Ark", 400, {"error": {"code": "InvalidSubscription", "message": "Your account does "
+                          "not have a valid CodingPlan subscription"}}),
+    ("SiliconFlow", 403, {"code": 30001, "message": "Sorry, your account balance is insufficient",
+                          "data": None, "reason": "INSUFFICIENT_BALANCE"}),
+    ("Novita", 403, {"code": 403, "reason": "NOT_ENOUGH_BALANCE", "message": "not enough balance",
+                     "metadata": {}}),
+    ("new-api", 403, {"error": {"message": "user quota is not enough", "type": "new_api_error",
+                      "code": "insufficient_user_quota"}}),
+    ("new-api, Chinese", 403, {"error": {"message": "预扣费额度失败, 用户剩余额度: ＄0.01, "
+                               "需要预扣费额度: ＄0.02", "type": "new_api_error"}}),
+    ("new-api, token", 401, {"error": {"message": "该令牌额度已用尽", "type": "new_api_error"}}),
+    ("sub2api", 403, {"code": "INSUFFICIENT_BALANCE", "message": "Insufficient account balance"}),
+    ("OpenCode Zen", 401, {"type": "error", "error": {"type": "CreditsError", "message":
+                           "Insufficient balance. Manage your billing here: https://..."}}),
+    ("Hugging Face", 402, {"error": "You have exceeded your monthly included credits for Inference "
+                           "Providers."}),
+    ("Replicate", 402, {"title": "Insufficient credit", "detail": "You have insufficient credit to "
+                        "run this model.", "status": 402}),
+    ("Venice", 402, {"error": "Insufficient USD or Diem balance to complete request."}),
+    ("LiteLLM", 400, {"error": {"message": "Budget has been exceeded! Current cost: 1.0, Max "
+                      "budget: 1.0", "type": "budget_exceeded", "code": "400"}}),
+    ("a gateway that wraps", 500, {"error": True, "status_code": 500, "message": "Error code: 429, "
+     'with error text {"error":{"code":"1113","message":"余额不足或无可用资源包,请充值。"}}'}),
+]  # fmt: skip
+KEY_REFUSED = [
+    ("OpenAI", 401, "Incorrect API key provided: sk-abc***xyz."),
+    ("OpenAI, none", 401, "You didn't provide an API key."),
+    ("xAI, 400", 400, {"code": "Client specified an invalid argument", "error": "Incorrect API key "
+                       "provided: ba***na. You can obtain an API key from https://console.x.ai."}),
+    ("Gemini, 400", 400, {"error": {"code": 400, "status": "INVALID_ARGUMENT", "message": "API key "
+     "not valid. Please pass a valid API key.", "details": [{"reason": "API_KEY_INVALID"}]}}),
+    ("Gemini, 400, list", 400, [{"error": {"code": 400, "message": "API key expired. Please renew "
+                                 "the API key."}}]),
+    ("Gemini, leaked", 403, "Your API key was reported as leaked. Please use another API key."),
+    ("Hugging Face, 400", 400, {"error": "Authorization header is correct, but the token seems "
+                                "invalid"}),
+    ("Hugging Face", 401, {"error": "Invalid username or password."}),
+    ("Anthropic", 401, {"type": "error", "error": {"type": "authentication_error",
+                        "message": "invalid x-api-key"}}),
+    ("Anthropic, 400", 400, {"type": "error", "error": {"type": "invalid_request_error", "message":
+                             "This organization has been disabled."}}),
+    ("Bedrock", 403, {"message": "The security token included in the request is invalid."}),
+    ("Bedrock, key", 403, {"Message": "Authentication failed: Please make sure your API Key is "
+                           "valid."}),
+    ("Azure", 401, {"error": {"code": "401", "message": "Access denied due to invalid subscription "
+                    "key or wrong API endpoint."}}),
+    ("DashScope, 400", 400, {"code": "InvalidApiKey", "message": "Invalid API-key provided."}),
+    ("DeepSeek", 401, "Authentication Fails (no such user)"),
+    ("Zhipu", 401, {"error": {"code": "1002", "message": "令牌已过期或验证不正确"}}),
+    ("Zhipu, 500", 500, {"error": {"code": "1000", "message": "身份验证失败"}}),
+    ("new-api", 401, {"error": {"message": "无效的令牌", "type": "new_api_error"}}),
+    ("new-api, 403", 403, {"error": {"message": "该令牌状态不可用", "type": "new_api_error"}}),
+    ("Cerebras", 401, {"message": "Wrong API Key", "code": "wrong_api_key"}),
+    ("SiliconFlow", 401, '"Invalid token"'),
+    ("Baidu, 200", 200, {"error_code": 110, "error_msg": "Access token invalid or no longer "
+                          "valid"}),
+    ("MiniMax, 200", 200, {"base_resp": {"status_code": 1004, "status_msg": "login fail: Please "
+                           "carry the API secret key in the 'Authorization' field"}}),
+    ("Perplexity", 401, "<html><head><title>401 Authorization Required</title></head></html>"),
+    ("Kimi", 403, "Access terminated due to a violation of our terms"),
+    ("Fireworks", 403, {"error": "unauthorized"}),
+    ("Cloudflare", 400, {"success": False, "errors": [{"code": 10000,
+                         "message": "Authentication error"}]}),
+    ("Replicate", 401, {"title": "Unauthenticated", "detail": "You did not pass an authentication "
+                        "token", "status": 401}),
+    ("OpenRouter", 403, "Key limit exceeded (monthly limit). Manage it using the keys page"),
+    ("a gateway that wraps", 500, {"error": {"message": "Error code: 401 - {'error': {'message': "
+                                   "'Invalid Authentication'}}"}}),
+]  # fmt: skip
+RATE_LIMITED = [
+    ("OpenAI", 429, {"error": {"message": "Rate limit reached for gpt-4o on tokens per min (TPM)",
+                     "type": "tokens", "code": "rate_limit_exceeded"}}),
+    ("Groq, 413", 413, {"error": {"message": "Request too large for model `acme` in organization "
+     "`org_1` service tier `on_demand` on tokens per minute (TPM): Limit 12000, Requested 14137, "
+     "please reduce your message size and try again. Need more tokens? Upgrade to Dev Tier today "
+     "at https://console.groq.com/settings/billing", "type": "tokens",
+     "code": "rate_limit_exceeded"}}),
+    ("Gemini", 429, [{"error": {"code": 429, "status": "RESOURCE_EXHAUSTED", "message": "You "
+     "exceeded your current quota, please check your plan and billing details. * Quota exceeded "
+     "for metric: generativelanguage.googleapis.com/generate_content_free_tier_requests, limit: "
+     "20. Please retry in 34.07s."}}]),
+    ("Vertex", 429, "Resource exhausted. Please try again later."),
+    ("OpenRouter, a day", 429, "Rate limit exceeded: free-models-per-day. Add 10 credits to unlock "
+                               "1000 free model requests per day"),
+    ("OpenRouter, 400", 400, {"code": 400, "message": "Provider returned error", "metadata": {
+                              "raw": '{"error":{"code":429,"message":"slow down"}}'}}),
+    ("Bedrock", 400, {"__type": "ThrottlingException", "message": "Too many tokens, please wait "
+                      "before trying again."}),
+    ("Bedrock, tokens", 429, {"message": "Too many tokens, please wait before trying again."}),
+    ("a proxy, 503", 503, {"error": {"message": "Rate limit exceeded, try again in 5s"}}),
+    ("a proxy, 500", 500, {"error": {"message": "Too Many Requests", "type": "api_error"}}),
+    ("GitHub, 403", 403, {"message": "API rate limit exceeded for user ID 1."}),
+    ("DashScope, 400", 400, {"code": "Throttling.RateQuota", "message": "Requests rate limit "
+                             "exceeded, please try again later."}),
+    ("Mistral", 429, {"object": "error", "message": "Service tier capacity exceeded for this "
+                      "model.", "code": "3505"}),
+    ("Mistral, 400", 400, {"message": "Service tier capacity exceeded for this model."}),
+    ("Zhipu", 429, {"error": {"code": "1302", "message": "您当前使用该 API 的并发数过高"}}),
+    ("Zhipu, 400", 400, {"error": {"code": "1303", "message": "您当前使用该 API 的频率过高"}}),
+    ("Zhipu, hours", 429, {"error": {"code": "1308", "message": "Usage limit reached for 5 hour. "
+                           "Your limit will reset at 2026-07-02 17:39:49"}}),
+    ("Kimi, 403", 403, "You've reached your usage limit for this billing cycle."),
+    ("CLIProxyAPI, 500", 500, {"error": {"code": "model_cooldown", "message": "All credentials for "
+                               "model acme are cooling down"}}),
+    ("a code in a 400", 400, {"error": {"message": "slower, please", "code": 429}}),
+    ("Cloudflare", 429, "error code: 1015"),
+    ("Anthropic", 429, {"type": "error", "error": {"type": "rate_limit_error", "message": "This "
+     "request would exceed your organization's rate limit of 40,000 input tokens per minute"}}),
+]  # fmt: skip
+FILTERED = [
+    ("OpenAI", 400, {"error": {"message": "Your request was rejected as a result of our safety "
+                     "system.", "code": "content_policy_violation"}}),
+    ("Azure", 400, {"error": {"message": "The response was filtered due to the prompt triggering "
+                    "Azure OpenAI's content management policy.", "code": "content_filter",
+                    "innererror": {"code": "ResponsibleAIPolicyViolation"}}}),
+    ("DeepSeek", 400, "Content Exists Risk"),
+    ("DashScope", 400, {"error": {"code": "data_inspection_failed", "message": "Input data may "
+                        "contain inappropriate content."}}),
+    ("Zhipu", 400, {"error": {"code": "1301", "message": "系统检测到输入或生成内容可能包含不安全或"
+                    "敏感内容，请您避免输入易产生敏感内容的提示语"}}),
+    ("Moonshot", 400, {"error": {"type": "content_filter", "message": "The request was rejected "
+                       "because it was considered high risk"}}),
+    ("MiniMax, 500", 500, {"type": "error", "error": {"message": "input new_sensitive (1026)"}}),
+    ("new-api, 500", 500, {"error": {"message": "user sensitive words detected",
+                           "code": "sensitive_words_detected"}}),
+    ("xAI", 403, {"code": "The caller does not have permission", "error": "Content violates usage "
+                  "guidelines."}),
+    ("Anthropic", 400, "Output blocked by content filtering policy"),
+]  # fmt: skip
+UNKNOWN_MODEL = [
+    ("OpenAI", 404, "The model `gpt-9` does not exist or you do not have access to it."),
+    ("OpenAI, project", 403, {"error": {"message": "Project `proj_1` does not have access to model "
+                              "`gpt-5`", "code": "model_not_found"}}),
+    ("Anthropic", 404, {"type": "error", "error": {"type": "not_found_error",
+                        "message": "model: claude-9"}}),
+    ("Gemini", 404, [{"error": {"code": 404, "message": "models/gemini-9 is not found for API "
+                      "version v1main, or is not supported for generateContent."}}]),
+    ("Vertex", 404, "Publisher Model `projects/p/models/x` was not found or your project does not "
+                    "have access to it."),
+    ("Azure", 404, {"error": {"code": "DeploymentNotFound", "message": "The API deployment for "
+                    "this resource does not exist."}}),
+    ("Bedrock", 400, {"message": "The provided model identifier is invalid."}),
+    ("DeepSeek", 400, {"error": {"message": "Model Not Exist", "type": "invalid_request_error"}}),
+    ("SiliconFlow", 400, {"code": 20012, "message": "Model does not exist. Please check it "
+                          "carefully.", "data": None}),
+    ("Zhipu", 400, {"error": {"code": "1211", "message": "模型不存在，请检查模型代码。"}}),
+    ("Z.AI", 400, {"error": {"code": "1211", "message": "Unknown Model, please check the model "
+                   "code."}}),
+    ("Moonshot", 404, "Not found the model kimi-9 or Permission denied"),
+    ("DashScope", 403, {"error": {"code": "Model.AccessDenied",
+                          "message": "Model access denied."}}),
+    ("Volcano Ark", 404, "Your account has not activated the model doubao-9."),
+    ("Perplexity", 400, "Invalid model 'sonar-9'. Permitted models can be found in the docs"),
+    ("Mistral", 400, {"message": "Invalid model: x", "type": "invalid_model", "code": "1500"}),
+    ("Groq", 400, {"error": {"message": "The model `acme` has been decommissioned and is no longer "
+                   "supported.", "code": "model_decommissioned"}}),
+    ("NVIDIA", 404, {"status": 404, "title": "Not Found", "detail": "Function 'f-1': Not found for "
+                     "account 'a-1'"}),
+    ("GitHub Copilot", 400, {"error": {"message": "The requested model is not supported.",
+                             "code": "model_not_supported"}}),
+    ("iFlow, 200", 200, {"status": "435", "msg": "Model not support", "body": None}),
+    ("new-api, 503", 503, {"error": {"message": "当前分组 default 下对于模型 acme 无可用渠道",
+                           "code": "model_not_found"}}),
+    ("new-api, English", 503, "No available channel for model acme under group default"),
+    ("LiteLLM, key", 401, {"error": {"message": "key not allowed to access model. This key can "
+                           "only access models=['a']. Tried to access b",
+                           "type": "key_model_access_denied"}}),
+    ("LM Studio", 404, {"error": {"message": "No models loaded. Please load a model."}}),
+    ("OpenCode Zen", 401, {"type": "error", "error": {"type": "ModelError", "message": "Model "
+                           "acme not supported"}}),
+]  # fmt: skip
+BUSY = [
+    ("a proxy, 400", 400, {"error": {"message": "The model is overloaded. Please try again."}}),
+    ("Moonshot, 400", 400, {"error": {"type": "engine_overloaded_error", "message": "The engine is "
+                            "currently overloaded, please try again later"}}),
+    ("OpenAI, 400", 400, "Selected model is at capacity. Please try a different model."),
+    ("SiliconFlow, 400", 400, {"code": 50603, "message": "System is too busy now."}),
+    ("vLLM, 400", 400, {"object": "error", "message": "Internal server error",
+                        "type": "InternalServerError", "code": 500}),
+    ("Zhipu, 400", 400, {"error": {"code": "1234", "message": "服务繁忙，请稍后再试"}}),
+    ("Hugging Face", 503, {"error": "Model acme is currently loading", "estimated_time": 20.0}),
+    ("Anthropic", 529, {"type": "error", "error": {"type": "overloaded_error",
+                        "message": "Overloaded"}}),
+]  # fmt: skip
+ELSEWHERE = [
+    ("OpenAI", 403, {"error": {"code": "unsupported_country_region_territory", "message":
+                     "Country, region, or territory not supported", "type": "request_forbidden"}}),
+    ("Gemini, 400", 400, {"error": {"code": 400, "status": "FAILED_PRECONDITION", "message": "User "
+                          "location is not supported for the API use."}}),
+    ("OpenRouter", 403, "This model is not available in your region."),
+    ("a key's region", 403, "You are not authorized: not available in your country"),
+]  # fmt: skip
+REFUSED = [  # what looks like one of the above, and is the request's fault
+    ("OpenAI, max_tokens", 400, "max_tokens is too large: 99999. This model supports at most 16384 "
+                                "completion tokens, whereas you provided 99999."),
+    ("Anthropic, max_tokens", 400, "max_tokens: 65536 > 64000, which is the maximum allowed number "
+                                   "of output tokens for claude"),
+    ("a proxy, max_tokens", 400, "max_tokens exceeds the model's maximum output tokens of 8192"),
+    ("DeepSeek, max_tokens", 400, "Invalid max_tokens value, the valid range of max_tokens is [1, "
+                                  "8192]"),
+    ("Groq, max_tokens", 400, "`max_tokens` must be less than or equal to `8192`, the maximum "
+                              "value for `max_tokens` is less than the `context_window` for this "
+                              "model"),
+    ("OpenAI, a name", 400, "Invalid 'tools[0].function.name': string too long. Expected a string "
+                            "with maximum length 64, but got a string with length 70 instead."),
+    ("Anthropic, a picture", 400, "messages.0.content.1.image.source.base64: image exceeds 5 MB "
+                                  "maximum: 6000000 bytes > 5242880 bytes"),
+    ("a picture", 400, "Input image exceeds the maximum size of 20 MB"),
+    ("OpenAI, a download", 400, "Error while downloading https://x.test/a.png: upstream status "
+                                "code 403 Forbidden"),
+    ("Ollama, tools", 400, "registry.ollama.ai/library/acme:latest does not support tools"),
+    ("Unknown parameters", 400, "Unknown parameter: 'api_key'."),
+    ("Unknown parameters, limit", 400, "Unknown parameter: 'max_input_tokens'."),
+    ("Unknown parameters, safety", 400, "Unrecognized request argument supplied: safety_settings"),
+    ("JSON", 400, "Invalid JSON: unexpected token at position 17"),
+    ("a grammar", 400, "Invalid token in the grammar: expected an identifier"),
+    ("a penalty, Chinese", 400, "frequency_penalty 频率惩罚参数非法。请检查文档"),
+    ("an answer", 400, "The model output is not valid JSON for this schema"),
+    ("a schema", 400, 'Invalid schema for function \'f\': {"type": "object", "description": "api '
+                      'key is invalid"} is not valid'),
+    ("vLLM, quoting", 400, {"object": "error", "message": "[{'type': 'missing', 'loc': ('body',), "
+                            "'msg': 'Field required', 'input': {'content': 'my API key is "
+                            "invalid, maximum context length, insufficient balance'}}]"}),
+    ("FastAPI, quoting", 422, {"detail": [{"loc": ["body"], "msg": "field required",
+                               "input": {"message": "the API key is invalid"}}]}),
+    ("Zhipu", 400, {"error": {"code": "1210", "message": "API 调用参数有误，请检查文档"}}),
+    ("OpenRouter", 400, {"error": {"code": 400, "message": "Provider returned error", "metadata": {
+                         "raw": '{"error":{"message":"tools.0: bad schema"}}'}}}),
+    ("new-api", 400, {"error": {"message": "messages is required", "type": "upstream_error"}}),
+]  # fmt: skip
+WORDS = {
+    "context_length": PROMPT_TOO_LONG, "payment": NOT_PAID, "unauthorized": KEY_REFUSED,
+    "rate_limited": RATE_LIMITED, "content_filter": FILTERED, "unknown_model": UNKNOWN_MODEL,
+    "server_error": BUSY, "client_error": ELSEWHERE, "refused": REFUSED,
+}  # fmt: skip
+ROWS = [
+    pytest.param(status, body, outcome, id=f"{outcome}: {who}")
+    for outcome, rows in WORDS.items()
+    for who, status, body in rows
+]
+
+
+def as_sent(body) -> bytes:
+    """A text that is no document of its own stands for the message of OpenAI's envelope."""
+    if isinstance(body, str):
+        whole = body.startswith(("<", '"', "error code"))
+        return body.encode() if whole else json.dumps(said(body)).encode()
+    return json.dumps(body).encode()
+
+
+@pytest.mark.parametrize(("status", "body", "outcome"), ROWS)
+def test_what_an_error_says_plainly_outranks_its_status(status, body, outcome):
+    assert failure_from(status, as_sent(body)).outcome == outcome
+
+
+@pytest.mark.parametrize(("status", "body", "outcome"), ROWS)
+def test_an_error_is_passed_on_in_its_own_words(status, body, outcome):
+    message = failure_from(status, as_sent(body)).message
+
+    assert message
+    assert message.split()[0] in as_sent(body).decode("unicode-escape") or message in str(body)
+
+
+@pytest.mark.parametrize(("status", "body", "outcome"), ROWS)
+def test_an_outcome_comes_with_a_status_that_goes_with_it(status, body, outcome):
+    told = failure_from(status, as_sent(body)).status
+
+    assert told in {
+        "context_length": (400, 413, 422), "payment": (402, 403), "unauthorized": (401, 403),
+        "rate_limited": (429, 503), "content_filter": (400, 403), "unknown_model": (400, 404),
+        "server_error": (500, 503, 529), "client_error": (400, 403), "refused": (400, 422),
+    }[outcome]  # fmt: skip
+
+
+def test_a_prompt_that_is_too_long_is_no_strike_however_often_it_comes_as_a_500():
+    failure = failure_from(500, b'{"error": {"message": "Context size has been exceeded."}}')
+
+    assert not VERDICTS[failure.outcome].strike
+    assert failure.status == 400  # nor is the same model asked again, as after a 500
+
+
+# --- when to ask again ---------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("status", "value", "seconds"),
     [
@@ -313,10 +726,6 @@ def test_any_shape_of_an_error_body_is_judged_by_its_status(body):
     ],
 )  # fmt: skip
 def test_retry_after_is_read_of_a_429_and_a_503_only(status, value, seconds):
-    assert failure_from(status, None, value).retry_after_s == seconds
+    headers = {"Retry-After": value} if value else {}
 
-
-def test_retry_after_may_be_a_date():
-    assert retry_after_of("Wed, 01 Jan 2020 00:00:00 GMT") == 0.0
-    assert (retry_after_of("Wed, 01 Jan 2120 00:00:00 GMT") or 0) > 1e9
-    assert retry_after_of("Wed, 99 Foo 2020") is None
+    assert failure_from(status, None, headers).retry_after_s == seconds

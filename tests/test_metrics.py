@@ -12,7 +12,7 @@ from helpers import CHAT, figures
 from prometheus_client.parser import text_string_to_metric_families
 from upstream import chunk, error, pieces, stream, whole
 
-from parts.metrics import Attempt, Metrics, Record, cost_of, token_counts
+from parts.metrics import Attempt, Metrics, Record, cost_of, token_counts, usage_of
 from parts.table import Model, Upstream
 
 UP = Upstream("u", "http://h")
@@ -60,8 +60,10 @@ def test_cost_and_its_source(model, usage, wanted):
 
 @pytest.mark.parametrize(
     "usage",
-    [{"prompt_tokens": "7"}, {"prompt_tokens": -1}, {"prompt_tokens": True},
-     {"prompt_tokens_details": 5}, {"prompt_tokens": 1 << 60}],
+    [{"prompt_tokens": "seven"}, {"prompt_tokens": -1}, {"prompt_tokens": True},
+     {"prompt_tokens_details": 5}, {"prompt_tokens": 1 << 60}, {"prompt_tokens": 7.5},
+     {"prompt_tokens": [7]}, {"prompt_tokens": float("nan")}, {"prompt_tokens": None},
+     {"prompt_tokens": "9" * 500}, {"total_tokens": "x", "prompt_tokens": {}}],
 )  # fmt: skip
 def test_nonsense_in_usage_counts_nothing(usage):
     assert set(token_counts(usage).values()) == {0}
@@ -75,6 +77,112 @@ def test_tokens_of_all_kinds_are_counted():
     }  # fmt: skip
 
     assert token_counts(usage) == {"input": 9, "output": 8, "cached": 7, "reasoning": 6}
+
+
+# usage as it was met, then input, output, cached and reasoning tokens
+DIALECTS = {
+    "Kimi": ({"prompt_tokens": 9, "completion_tokens": 8, "cached_tokens": 7}, (9, 8, 7, 0)),
+    "DeepSeek": ({"prompt_tokens": 9, "completion_tokens": 8, "prompt_cache_hit_tokens": 7,
+                  "prompt_cache_miss_tokens": 2}, (9, 8, 7, 0)),
+    "Responses": ({"input_tokens": 9, "input_tokens_details": {"cached_tokens": 7},
+                   "output_tokens": 8, "output_tokens_details": {"reasoning_tokens": 6},
+                   "total_tokens": 17}, (9, 8, 7, 6)),
+    "Anthropic": ({"input_tokens": 2, "cache_read_input_tokens": 6,
+                   "cache_creation_input_tokens": 1, "output_tokens": 8}, (9, 8, 6, 0)),
+    "LiteLLM of Anthropic": ({"prompt_tokens": 9, "completion_tokens": 8, "total_tokens": 17,
+                              "cache_read_input_tokens": 6}, (9, 8, 6, 0)),
+    "a proxy of Anthropic": ({"prompt_tokens": 2, "completion_tokens": 8, "total_tokens": 10,
+                              "cache_read_input_tokens": 7}, (9, 8, 7, 0)),
+    "New API": ({"prompt_tokens": 9, "completion_tokens": 8, "input_tokens": 0, "output_tokens": 0,
+                 "input_tokens_details": None}, (9, 8, 0, 0)),
+    "xAI": ({"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 17,
+             "completion_tokens_details": {"reasoning_tokens": 6}}, (9, 8, 0, 6)),
+    "Gemini": ({"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 17}, (9, 8, 0, 0)),
+    "a total with the cached beside": ({"prompt_tokens": 9, "completion_tokens": 8,
+                                        "cached_tokens": 7, "total_tokens": 24}, (9, 8, 7, 0)),
+    "floats": ({"prompt_tokens": 9.0, "completion_tokens": 8e0}, (9, 8, 0, 0)),
+    "texts": ({"prompt_tokens": "9", "completion_tokens": " 8 "}, (9, 8, 0, 0)),
+    "nulls": ({"prompt_tokens": 9, "completion_tokens": 8, "prompt_tokens_details": None,
+               "completion_tokens_details": {"reasoning_tokens": None}}, (9, 8, 0, 0)),
+    "more cached than asked": ({"prompt_tokens": 9, "cached_tokens": 99}, (9, 0, 9, 0)),
+    "embeddings": ({"prompt_tokens": 9, "total_tokens": 9}, (9, 0, 0, 0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("usage", "tokens"), DIALECTS.values(), ids=DIALECTS)
+def test_usage_is_read_in_every_dialect(usage, tokens):
+    assert tuple(token_counts(usage).values()) == tokens
+
+
+ASKED = {"prompt_tokens": 1000, "completion_tokens": 100}
+COSTS = {
+    "OpenRouter": ({**ASKED, "cost": 0.5, "cost_details": {"upstream_inference_cost": None}}, 0.5),
+    "OpenRouter, own key": ({**ASKED, "cost": 0.05, "is_byok": True,
+                             "cost_details": {"upstream_inference_cost": 0.5}}, 0.55),
+    "OpenRouter, resold": ({**ASKED, "cost": 0.5, "is_byok": False,
+                            "cost_details": {"upstream_inference_cost": 0.4}}, 0.5),
+    "OpenRouter, no fee": ({**ASKED, "is_byok": True,
+                            "cost_details": {"upstream_inference_cost": 0.5}}, 0.5),
+    "Perplexity": ({**ASKED, "cost": {"input_tokens_cost": 0.1, "total_cost": 0.5}}, 0.5),
+    "DeepInfra": ({**ASKED, "estimated_cost": 0.5}, 0.5),
+    "xAI": ({**ASKED, "cost_in_usd_ticks": 5_000_000_000}, 0.5),
+    "a text": ({**ASKED, "cost": "0.5"}, 0.5),
+    "total_cost": ({**ASKED, "total_cost": 0.5}, 0.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("usage", "usd"), COSTS.values(), ids=COSTS)
+def test_a_cost_that_an_upstream_tells_is_read(usage, usd):
+    told, source = cost_of(PRICED, usage)
+
+    assert (round(told or 0, 9), source) == (usd, "upstream")
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [{"prompt_tokens": -5, "completion_tokens": 3}, {"prompt_tokens": 5, "completion_tokens": "x"},
+     {"prompt_tokens": 5, "completion_tokens": -1}, {"completion_tokens": 3}, {"total_tokens": 8},
+     {"prompt_tokens": 0, "completion_tokens": 0}, {"prompt_tokens": None}, {"tokens": 5},
+     {"prompt_tokens": "many", "completion_tokens": 3}, {"cost": {}, "prompt_tokens": True}],
+)  # fmt: skip
+def test_usage_that_cannot_be_read_is_of_unknown_cost_and_never_free(usage):
+    assert cost_of(PRICED, usage) == (None, "unknown")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"usage": ASKED, "choices": []},
+        {"choices": [{"delta": {}, "usage": ASKED}]},
+        {"choices": [{"delta": {}}, {"delta": {}, "usage": ASKED}], "usage": None},
+        {"choices": [], "x_groq": {"id": "req", "usage": ASKED}},
+        {"usage": {"prompt_tokens": 0, "completion_tokens": 0}, "x_groq": {"usage": ASKED}},
+    ],
+    ids=["OpenAI", "Kimi", "Kimi, the last choice", "Groq", "zeros beside it"],
+)  # fmt: skip
+def test_usage_is_found_where_upstreams_put_it(body):
+    assert usage_of(body) == ASKED
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{}, {"usage": None}, {"usage": {}}, {"usage": 5}, {"choices": 5}, {"choices": [5]},
+     {"usage": {"prompt_tokens": 0, "completion_tokens": 0}}, {"usage": {"prompt_tokens": "x"}},
+     {"x_groq": 5}, {"choices": [{"usage": []}]}],
+)  # fmt: skip
+def test_usage_that_says_nothing_is_none(body):
+    assert usage_of(body) == {}
+
+
+def test_zeros_behind_the_usage_of_a_stream_do_not_make_it_free(client, upstream):
+    zeros = {"choices": [], "usage": {"prompt_tokens": 0, "completion_tokens": 0}}
+    said = chunk({"content": "x"}, "stop", usage={"prompt_tokens": 7, "completion_tokens": 3})
+    upstream.scripts["acme/one"] = pieces([said, f"data: {json.dumps(zeros)}\n\n".encode()])
+
+    client.chat(stream=True)
+
+    recent = client.get("/metrics").json["recent_requests"][0]
+    assert (recent["tokens_in"], recent["tokens_out"]) == (7, 3)
 
 
 # --- counting ----------------------------------------------------------------------------------
