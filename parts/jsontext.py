@@ -173,6 +173,7 @@ def has_over(most: int, value: Any) -> bool:
     return count > most
 
 
+SMALL = 8 << 20  # bytes of a file that people edit by hand; a hundred times what a large one has
 BOMS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 
 
