@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from parts.errors import RouterError
-from parts.jsontext import Member, depth_of, scan_object
+from parts.jsontext import Member, decoder_for, depth_of, scan_object
 
 MOST_VALUES = 100_000  # a validator takes up to 50 µs for each
 MAX_DEPTH = 64  # real requests stay under 20; the C parser of json gives up near 1,000
@@ -98,7 +98,7 @@ def parse_object(data: bytes) -> tuple[str, dict[str, Any], list[Member]]:
     """Text, value and member positions of a JSON object; 400 when it is not one, or too deep."""
     try:
         text = data.decode()
-        value, members, end = scan_object(text)
+        value, members, end = scan_object(text, decoder=decoder_for(data))
         if text[end:].strip(" \t\r\n"):
             raise json.JSONDecodeError("Extra data", text, end)
         if depth_of(value) > MAX_DEPTH:
@@ -107,7 +107,7 @@ def parse_object(data: bytes) -> tuple[str, dict[str, Any], list[Member]]:
         why = f"byte {e.start} is not UTF-8"
     except json.JSONDecodeError as e:
         why = f"line {e.lineno}, column {e.colno}: {e.msg}"
-    except (ValueError, RecursionError):  # NaN, integers of thousands of digits, depth
+    except (ValueError, RecursionError):  # NaN, 1e999, integers of hundreds of digits, depth
         why = f"a number that JSON does not know, or nested over {MAX_DEPTH} deep"
     else:
         return text, value, members

@@ -107,6 +107,10 @@ BODIES = {
     "infinity": (post(number("Infinity")), 400),
     "minus-infinity": (post(number("-Infinity")), 400),
     "integer-of-5000-digits": (post(number("9" * 5000)), 400),
+    "number-beyond-all-floats": (post(number("1e999")), 400),
+    "number-below-all-floats": (post(number("-1e999")), 400),
+    "number-of-400-digits": (post(number("1" * 400 + ".5")), 400),
+    "integer-of-400-digits": (post(number("-" + "1" * 400)), 400),
     "hex-number": (post(number("0x10")), 400),
     "leading-zero": (post(number("01")), 400),
     "plus-sign": (post(number("+1")), 400),
@@ -395,6 +399,10 @@ PATHS = {
     "no-slash": (get("health"), 400),
 }
 
+PROXIES = """Forwarded Forwarded-For Via X-Forwarded X-Forwarded-Host X-Forwarded-Port
+X-Forwarded-Proto X-Forwarded-Server X-Original-Forwarded-For X-Original-Host X-Real-IP X-Client-IP
+X-Cluster-Client-IP X-Azure-ClientIP X-Remote-Addr X-Envoy-External-Address CF-Connecting-IP
+True-Client-IP Fastly-Client-IP CDN-Loop"""
 DOORS = {
     "foreign-host": (head("GET /health HTTP/1.1", "Host: evil.example"), 403),
     "foreign-host-that-begins-like-ours": (
@@ -433,6 +441,13 @@ DOORS = {
         post(json.dumps(CATEGORY), "X-Forwarded-For: 127.0.0.1", path="/config/category"),
         403,
     ),
+    **{
+        f"admin-behind-a-proxy-that-says-{name}": (
+            post(json.dumps(CATEGORY), f"{name}: 127.0.0.1", path="/config/category"),
+            403,
+        )
+        for name in PROXIES.split()
+    },
     "admin-over-http-1.0": (
         post(json.dumps(CATEGORY), path="/config/category").replace(b"HTTP/1.1", b"HTTP/1.0"),
         403,
@@ -478,8 +493,9 @@ ODD = {
     "role-unknown": said(role="\ud800", content="x"),
     "tools-of-nothing": chat(tools=[{}] * 3_000),
     "tool-choice-of-nothing": chat(tool_choice={}),
-    "number-of-4000-digits": post(number("9" * 4_000)),
-    "number-beyond-floats": post(number("1e400")),
+    "number-of-308-digits": post(number("9" * 308)),
+    "largest-of-all-floats": post(number("1.7976931348623157e308")),
+    "400-digits-in-a-string": post(FINE.replace(b"hello", b"9" * 400)),
     "route-model-a-lone-surrogate": post(r'{"text":"x","model":"\ud800"}', path="/route"),
     "accept-of-no-version": get("/metrics", "Accept: application/openmetrics-text; version=abc"),
     "accept-of-half-a-version": get("/metrics", "Accept: text/plain; version=1..0"),
