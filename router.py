@@ -1662,6 +1662,10 @@ def error_response(e: RouterError) -> flask.Response:
     elif call is None and e.error["type"] in ("not_found", "method_not_allowed"):
         call = router().begin(None)  # the trace of a client with another base URL
         call.reason = f"{flask.request.method} {known_part(flask.request.path)}"
+    if call:  # first of all: nothing below may keep its permit
+        call.status = e.status
+        call.outcome = "client_left" if e.status == 499 else "failed"
+        router().finish(call)
     place = {
         "time": now_text(),
         "request_id": call.id if call else None,
@@ -1672,11 +1676,7 @@ def error_response(e: RouterError) -> flask.Response:
     response = flask.jsonify(e.body())
     response.status_code = e.status
     response.headers.extend(e.headers)
-    if call:
-        call.status = e.status
-        call.outcome = "client_left" if e.status == 499 else "failed"
-        router().finish(call)
-        response.headers.extend(call.headers())
+    response.headers.extend(call.headers() if call else {})
     return response
 
 

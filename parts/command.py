@@ -82,6 +82,16 @@ def mark(word: str, color: int, stream: TextIO) -> str:
     return f"\x1b[{color}m{word}\x1b[0m" if colored else word
 
 
+def say(text: str) -> None:
+    """Write to stderr. That it is closed, or its disk full, is no reason not to start."""
+    try:
+        if sys.stderr:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+    except OSError:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  or the exit would find its disk full
+
+
 def read_environment() -> tuple[Settings, list[str]]:
     """The settings of the environment and of `.env`, and the names that `.env` sets."""
     absolute_paths(os.environ, Path.cwd())
@@ -94,7 +104,7 @@ def run_serve(or_demo: bool, as_json: bool) -> int:
     settings, names = read_environment()
     table = table_for_start(settings)
     for doubt in doubts_about(names, table):
-        sys.stderr.write(f"router: {doubt}\n")
+        say(f"router: {doubt}\n")
     if or_demo and len(without_key(settings, table)) == len(table.upstreams):
         os.environ["ROUTER_DEMO"] = "1"
     if as_json:
@@ -112,9 +122,7 @@ def table_for_start(settings: Settings) -> Table:
     except RoutesError as e:
         raise in_file(settings.routes, e) from e
     if store.error:
-        sys.stderr.write(
-            f"router: {settings.routes} IS BROKEN, serving the last good one: {store.error}\n"
-        )
+        say(f"router: {settings.routes} IS BROKEN, serving the last good one: {store.error}\n")
     check_proxies(store.table)
     return store.table
 
@@ -263,9 +271,7 @@ def print_banner(settings: Settings, table: Table) -> None:
     if settings.log_format == "json":
         facts = {"event": "banner", "url": base, "upstream": upstreams, "classifier": classifier}
         lines = [json.dumps({**facts, "routes": str(settings.routes), "demo": settings.demo})]
-    sys.stderr.write("\n".join(lines) + "\n")
-    for doubt in settings.doubts:
-        sys.stderr.write(f"router: {doubt}\n")
+    say("\n".join([*lines, *(f"router: {doubt}" for doubt in settings.doubts), ""]))
 
 
 if __name__ == "__main__":  # gunicorn.conf.py's check, quicker without Flask

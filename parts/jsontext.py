@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple, NoReturn
@@ -22,7 +23,9 @@ class Member(NamedTuple):
     end: int  # of the value
 
 
-def scan_object(text: str, at: int = 0) -> tuple[dict[str, Any], list[Member], int]:
+def scan_object(
+    text: str, at: int = 0, decoder: Any = None
+) -> tuple[dict[str, Any], list[Member], int]:
     """The JSON object at `at`: its value, where its members stand, and its end.
 
     Raises ValueError like json.loads. Positions let a caller replace one member and leave every
@@ -31,6 +34,7 @@ def scan_object(text: str, at: int = 0) -> tuple[dict[str, Any], list[Member], i
     opened = _OPEN.match(text, at)
     if not opened:
         raise _expecting("'{'", text, at)
+    scan = (decoder or DECODER).scan_once
     values: dict[str, Any] = {}
     members: list[Member] = []
     if opened[1]:
@@ -45,7 +49,7 @@ def scan_object(text: str, at: int = 0) -> tuple[dict[str, Any], list[Member], i
         if not colon:
             raise _expecting("':'", text, at)
         try:
-            values[key], at = DECODER.scan_once(text, colon.end())
+            values[key], at = scan(text, colon.end())
         except StopIteration as e:
             raise json.JSONDecodeError("Expecting value", text, e.value) from None
         members.append(Member(key, start, colon.end(), at))
@@ -83,7 +87,39 @@ def refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-DECODER: Any = json.JSONDecoder(parse_constant=refuse_constant)
+def read_float(text: str) -> float:
+    """The number; ValueError when it is beyond all floats, which would make it an infinity."""
+    value = float(text)
+    if value in (math.inf, -math.inf):
+        raise ValueError(f"{text[:20]} is beyond all numbers")
+    return value
+
+
+def read_int(text: str) -> int:
+    """The same for a whole number; longer ones are beyond all floats."""
+    if len(text) > 300 and math.isinf(float(text)):
+        raise ValueError(f"{text[:20]}... is beyond all numbers")
+    return int(text)
+
+
+FINITE: dict[str, Any] = {
+    "parse_float": read_float,
+    "parse_int": read_int,
+    "parse_constant": refuse_constant,
+}
+CAREFUL: Any = json.JSONDecoder(**FINITE)
+# Without `read_int`: 200 KB of small numbers are read in a quarter of the time.
+DECODER: Any = json.JSONDecoder(parse_float=read_float, parse_constant=refuse_constant)
+_DIGITS = bytes(0x30 if 0x30 <= n <= 0x39 else 0x20 for n in range(256))
+
+
+def decoder_for(data: bytes) -> Any:
+    """What reads `data`: the careful one where 309 digits stand in a row, as they hardly ever do.
+
+    At first every 103rd byte is looked at, 3 of which would be among them: 10 µs for 200 KB.
+    """
+    some = b"000" in data[::103].translate(_DIGITS)
+    return CAREFUL if some and b"0" * 309 in data.translate(_DIGITS) else DECODER
 
 
 def set_member(text: str, path: tuple[str, ...], value: Any) -> str:
@@ -181,6 +217,7 @@ def has_over(most: int, value: Any) -> bool:
     return count > most
 
 
+SMALL = 8 << 20  # bytes of a file that people edit by hand; a hundred times what a large one has
 BOMS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 
 
@@ -199,7 +236,7 @@ def parse_object(data: bytes) -> tuple[str, dict[str, Any], list[Member]]:
     """
     try:
         text = data.decode()
-        value, members, end = scan_object(text)
+        value, members, end = scan_object(text, decoder=decoder_for(data))
         if text[end:].strip(" \t\r\n"):
             raise json.JSONDecodeError("Extra data", text, end)
         if depth_of(value) > MAX_DEPTH:
@@ -208,7 +245,7 @@ def parse_object(data: bytes) -> tuple[str, dict[str, Any], list[Member]]:
         why = f"byte {e.start} is not UTF-8"
     except json.JSONDecodeError as e:
         why = f"line {e.lineno}, column {e.colno}: {e.msg}"
-    except (ValueError, RecursionError):  # NaN, integers of thousands of digits, depth
+    except (ValueError, RecursionError):  # NaN, 1e999, integers of hundreds of digits, depth
         why = f"a number that JSON does not know, or nested over {MAX_DEPTH} deep"
     else:
         return text, value, members

@@ -19,10 +19,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from stat import S_ISREG
 from typing import Generic, Protocol, TypeVar
 
 from parts.errors import Refused, RoutesError, Unreadable
-from parts.jsontext import decode
+from parts.jsontext import SMALL, decode
 from parts.logs import now_text
 
 log = logging.getLogger("llm_router")
@@ -225,13 +226,23 @@ class Store(Generic[T]):
 def read_file(path: Path) -> str:
     """The text of a routes file, line ends as they are; Unreadable or RoutesError."""
     try:
-        if not path.is_file() and path.exists():  # a pipe would wait for its writer
-            raise Unreadable("cannot be read: not a regular file")
-        return decode(path.read_bytes())
+        with open(path, "rb", opener=_open_at_once) as file:
+            found = os.fstat(file.fileno())
+            if not S_ISREG(found.st_mode):
+                raise Unreadable("cannot be read: not a regular file")
+            data = file.read(SMALL + 1) if found.st_size <= SMALL else b""  # it may be growing
+        if max(found.st_size, len(data)) > SMALL:
+            raise RoutesError(f"over {SMALL >> 20} MB, which no routes file needs")
+        return decode(data)
     except OSError as e:
         raise Unreadable(f"cannot be read: {e.strerror}") from e
     except UnicodeDecodeError as e:
         raise RoutesError(f"byte {e.start} is not UTF-8: save the file as UTF-8") from e
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """A pipe would wait for its writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import time
 import traceback
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger("llm_router")
 
@@ -55,17 +56,37 @@ PLAIN = re.compile(r"[!#-<>-~]*")  # printable ASCII without blank, quote and eq
 _quoted = lru_cache(maxsize=256)(json.dumps)  # reasons, most of them told before
 
 
+class EventLogger(logging.Logger):
+    """A logger whose lines name no source, thread or process: to look them up is a third of one."""
+
+    def _log(self, level: int, msg: object, args: Any, *more: Any, **others: Any) -> None:
+        record = logging.LogRecord.__new__(logging.LogRecord)
+        record.__dict__.update(_NOTHING_KNOWN)
+        record.levelno, record.levelname = level, logging.getLevelName(level)
+        record.msg, record.args = msg, args[0] if args and isinstance(args[0], dict) else args
+        record.created = time.time()
+        self.handle(record)
+
+
+_NOTHING_KNOWN = vars(logging.LogRecord(log.name, 0, "", 0, "", None, None))
+
+
+class Stderr(logging.StreamHandler[Any]):
+    """Writes to stderr. When it is closed or its disk is full there is nowhere to say so."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing: a traceback for each line would go the same way."""
+
+
 def log_to_stderr(log_format: str) -> None:
     """One line per event on stderr; again with another format for another app in a process."""
     for handler in list(log.handlers):
         log.removeHandler(handler)
-    handler = logging.StreamHandler()
+    handler = Stderr()
     handler.setFormatter(EventFormatter(log_format == "json"))
     log.addHandler(handler)
     log.propagate = False
-    # No line of ours names its source, thread or process; to look them up costs a third of a line.
-    logging._srcfile = None
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    log.__class__ = EventLogger  # whoever asked for it by name has this object already
     log.setLevel(logging.INFO)
 
 
@@ -84,9 +105,12 @@ class RejectionFile(logging.handlers.RotatingFileHandler):
     warned = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Append one line."""
+        """Append one line; what a full disk refused comes up once more as the file is closed."""
         super().emit(record)
-        self.close()
+        try:
+            self.close()
+        except OSError:
+            self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Say it once instead of printing a traceback with every line."""

@@ -23,7 +23,7 @@ import jsonschema
 
 from parts.addresses import read_url
 from parts.errors import Refused, RoutesError, hint
-from parts.jsontext import refuse_constant, say_json_error, set_member
+from parts.jsontext import FINITE, SMALL, say_json_error, set_member
 from parts.prompts import is_entry
 
 HERE = Path(__file__).resolve().parent
@@ -203,8 +203,10 @@ def no_such_category(name: str) -> Refused:
 
 def load_table(text: str) -> Table:
     """The table that `text` (routes.json) describes; RoutesError with place and JSON path."""
+    if len(text.encode(errors="surrogatepass")) > SMALL:  # once written it could not be read
+        raise RoutesError(f"routes.json would be over {SMALL >> 20} MB")
     try:
-        raw = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=refuse_constant)
+        raw = json.loads(text, object_pairs_hook=_unique_keys, **FINITE)
     except json.JSONDecodeError as e:
         raise RoutesError(f"line {e.lineno}, column {e.colno}: {say_json_error(e)}") from e
     except (ValueError, RecursionError) as e:

@@ -12,7 +12,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import routing
-from conftest import ROOT, LocalClient
+from conftest import ROOT, LocalClient, settings_for
 from helpers import user, wait_until
 from service import small_routes
 from upstream import Upstream, hang, plain, raw, slow

@@ -103,7 +103,10 @@ BODIES = {
              depth_never_closed="[" * 100_000, depth_of_objects_never_closed='{"a":' * 100_000),
     **family(lambda digits: post(number(digits)), 400, nan="NaN", infinity="Infinity",
              minus_infinity="-Infinity", integer_of_5000_digits="9" * 5000, hex_number="0x10",
-             leading_zero="01", plus_sign="+1", dot_alone="1."),
+             number_beyond_all_floats="1e999",
+             number_below_all_floats="-1e999", number_of_400_digits="1" * 400 + ".5",
+             integer_of_400_digits="-" + "1" * 400, leading_zero="01",
+             plus_sign="+1", dot_alone="1."),
 }  # fmt: skip
 
 TYPES = {
@@ -380,8 +383,9 @@ ODD = {
     "role-unknown": chat(messages=[{"role": "\ud800", "content": "x"}]),
     "tools-of-nothing": chat(tools=[{}] * 3_000),
     "tool-choice-of-nothing": chat(tool_choice={}),
-    "number-of-4000-digits": post(number("9" * 4_000)),
-    "number-beyond-floats": post(number("1e400")),
+    "number-of-308-digits": post(number("9" * 308)),
+    "largest-of-all-floats": post(number("1.7976931348623157e308")),
+    "400-digits-in-a-string": post(FINE.replace(b"hello", b"9" * 400)),
     "route-model-a-lone-surrogate": post(r'{"text":"x","model":"\ud800"}', path="/route"),
     "accept-of-no-version": get("/metrics", "Accept: application/openmetrics-text; version=abc"),
     "accept-of-half-a-version": get("/metrics", "Accept: text/plain; version=1..0"),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
+from pathlib import Path
 
 import pytest
-from conftest import KEY
+from conftest import KEY, LocalClient, Service, settings_for, small_routes
 from helpers import answer_to, head_of
-from upstream import error, plain, stream, whole
+from upstream import DONE, error, plain, stream, whole
 
+import router as module
 from parts.logs import EventFormatter
 
 
@@ -60,6 +64,60 @@ def test_an_upstreams_echo_of_key_and_prompt_stays_out_of_the_log(client, upstre
 
     assert KEY not in answer.text
     assert KEY not in capsys.readouterr().err
+
+
+BAD_BODY = {"messages": "no list"}
+
+
+@pytest.mark.parametrize("where", ["/dev/full", "no/such/folder", "."])
+def test_a_log_of_rejections_that_cannot_be_written_keeps_no_permit(routes, capsys, where):
+    folder = routes.parent
+    more = {"ROUTER_THREADS": "10", "ROUTER_VALIDATION_LOG": str(folder / where)}
+    client = LocalClient(module.create_app(settings_for(routes, **more)))
+
+    bad = [client.post("/v1/chat/completions", BAD_BODY).status_code for _ in range(4)]
+
+    assert bad == [422] * 4
+    assert client.chat().status_code == 200
+    assert client.get("/metrics").json["in_flight"] == 0
+    assert capsys.readouterr().err.count("validation_log_unwritable") == 1
+
+
+def test_a_full_disk_below_stderr_is_no_reason_for_a_traceback(routes, capsys, monkeypatch):
+    client = LocalClient(module.create_app(settings_for(routes)))
+    with io.TextIOWrapper(io.FileIO("/dev/full", "w"), write_through=True) as full:
+        monkeypatch.setattr(logging.getLogger("llm_router").handlers[0], "stream", full)
+
+        assert client.chat().status_code == 200
+
+    assert "Logging error" not in capsys.readouterr().err
+
+
+def test_without_room_for_a_log_every_request_is_answered(tmp_path, upstream):
+    full = {"GUNICORN_CMD_ARGS": "--capture-output --error-logfile /dev/full"}
+    routes = small_routes(upstream.url)
+    service = Service(tmp_path, routes, ROUTER_VALIDATION_LOG="/dev/full", **full)
+    try:
+        bad = [service.post("/v1/chat/completions", BAD_BODY).status_code for _ in range(70)]
+
+        assert bad == [422] * 70
+        assert service.raw(b"NONSENSE\r\n\r\n").startswith(b"HTTP/1.1 400")
+        assert service.chat().status_code == 200
+        assert service.chat(stream=True).content.endswith(DONE)
+        assert service.get("/metrics").json()["in_flight"] == 0
+    finally:
+        service.stop()
+
+
+def test_lines_of_others_name_their_source_and_process(client, capsys):
+    client.chat()
+    others = logging.Logger("others")
+    others.addHandler(logging.StreamHandler())
+    others.handlers[0].setFormatter(logging.Formatter("[%(process)d] %(filename)s %(message)s"))
+
+    others.warning("hello")
+
+    assert f"[{os.getpid()}] {Path(__file__).name} hello\n" in capsys.readouterr().err
 
 
 def test_no_prompt_and_no_answer_is_in_anything_a_service_wrote(service, upstream):

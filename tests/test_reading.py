@@ -66,6 +66,19 @@ def test_what_is_no_object_is_a_400(text):
     assert caught.value.status == 400
 
 
+@pytest.mark.parametrize("before", range(0, 103, 17))
+@pytest.mark.parametrize(("many", "status"), [(309, 200), (310, 400)])
+def test_a_whole_number_beyond_all_floats_is_a_400_wherever_it_stands(before, many, status):
+    text = json.dumps({"a": "x" * before, "b": [1], "c": "3" * 400}).replace("[1]", "1" * many)
+
+    try:
+        found = module.parse_object(text.encode())[1]["b"]
+    except module.RouterError as e:
+        assert e.status == status
+    else:
+        assert (found, status) == (int("1" * many), 200)
+
+
 @pytest.mark.parametrize(
     ("context", "longer"), [(100, True), (10_000, False), (126, True), (None, False)]
 )

@@ -301,6 +301,24 @@ def test_without_a_file_in_its_place_the_last_good_table_is_kept(store, path, pu
     assert said in store.error
 
 
+def test_a_file_that_is_far_too_large_is_refused_without_being_read(store, path):
+    os.truncate(path, 1 << 30)  # takes no room on the disk
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    assert words(store) == ("hello",)
+
+    assert store.error == "over 8 MB, which no routes file needs"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + (64 << 10)  # KB
+
+
+def test_a_change_that_would_make_the_file_too_large_is_refused(store, path):
+    with pytest.raises(Refused, match="over 8 MB") as caught:
+        store.change(lambda table: table.text + " " * (8 << 20))
+
+    assert caught.value.status == 422
+    assert path.read_text() == TEXT
+
+
 def test_a_symlink_taken_away_and_put_back_is_no_error_any_more(path, clock):
     link = path.with_name("link.json")
     link.symlink_to(path)
