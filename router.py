@@ -52,7 +52,6 @@ if __name__ == "__main__":  # from a fresh checkout, with whatever Python was ty
     bootstrap.use_environment()
 
 import flask
-import jsonschema
 import requests
 from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
@@ -66,13 +65,23 @@ from parts.access import (
     read_page,
 )  # fmt: skip
 from parts.carrier import Carrier
-from parts.chat import MOST_VALUES, Chat, chat_of, fits
+from parts.chat import Chat, chat_of, check, fits
 from parts.command import main
-from parts.errors import Failure, RouterError, invalid, known_part, scrub
+from parts.errors import ClassifierError, Failure, RouterError, known_part, scrub
 from parts.exchange import MAX_ERROR, Endpoint, Reply, new_session, read_whole
 from parts.flights import NEVER, Flight, Flights
-from parts.jsontext import Member, has_over, parse_loosely, parse_object
-from parts.judge import VERDICTS, check_head
+from parts.jsontext import Member, parse_object
+from parts.judge import (
+    THINK_REFUSED,
+    VERDICTS,
+    check_head,
+    mendable,
+    ollama_trouble,
+    refused_key,
+    says_nothing,
+    sentence,
+    still_worth_trying,
+)
 from parts.livefile import Store
 from parts.logs import log_rejections, log_to_stderr, now_text
 from parts.metrics import Attempt, Gauges, Metrics, Record, as_prometheus, breaker_figures
@@ -91,7 +100,7 @@ from parts.prompts import (
 )  # fmt: skip
 from parts.relay import Relay
 from parts.settings import VERSION, Settings, SettingsError
-from parts.table import BUILT_IN, Model, Table, Upstream, load_table, say_schema_error
+from parts.table import BUILT_IN, Model, Table, Upstream, load_table
 
 if TYPE_CHECKING:
     from parts.cluster import CircuitState, Cluster
@@ -144,18 +153,6 @@ def parse_body(data: bytes) -> tuple[str, dict[str, Any], list[Member]]:
         return parse_object(data)
     except ValueError as e:
         raise RouterError(400, "invalid_json", str(e)) from None
-
-
-def check(body: Any, name: str) -> None:
-    """RouterError 422 with a {loc, msg} per place where `body` does not fit the schema `name`."""
-    if has_over(MOST_VALUES, body):
-        msg = f"does not fit, and holds over {MOST_VALUES} values, too many to say where"
-        raise invalid([{"loc": ["body"], "msg": msg}])
-    first = islice(request_schemas()[name].iter_errors(body), 20)
-    errors = sorted(first, key=lambda e: [str(p) for p in e.absolute_path])
-    found = [{"loc": ["body", *e.absolute_path], "msg": say_schema_error(e)} for e in errors]
-    if found:
-        raise invalid(found)
 
 
 # --- circuit breakers --------------------------------------------------------------------------
@@ -546,14 +543,6 @@ EXAMPLES = (
 )
 
 
-class ClassifierError(Exception):
-    """The classifier did not answer: one word, and a sentence for /health and the log."""
-
-    def __init__(self, reason: str, message: str = ""):
-        super().__init__(reason)
-        self.message = message
-
-
 class Classifier:
     """An Ollama model that names the category. Whatever goes wrong, `ask` says None in time."""
 
@@ -647,9 +636,6 @@ class Classifier:
         )
 
 
-THINK_REFUSED = "think_refused"
-
-
 def ollama_call(table: Table, text: str, *, may_think: bool = False) -> tuple[str, bytes]:
     """URL and body for Ollama's /api/chat; the answer can only be one of the table's categories.
 
@@ -671,24 +657,6 @@ def ollama_call(table: Table, text: str, *, may_think: bool = False) -> tuple[st
         "messages": [{"role": "system", "content": system}, {"role": "user", "content": text}],
     }
     return table.ollama["base_url"].rstrip("/") + "/api/chat", json.dumps(body).encode()
-
-
-def ollama_trouble(base: str, model: str, status: int, data: bytes) -> ClassifierError:
-    """What an error of Ollama's means for a person."""
-    body = parse_loosely(data)
-    told = str(body.get("error", "")) if isinstance(body, dict) else ""
-    if status == 404 and "not found" in told:
-        return ClassifierError(
-            "no_model", f"Ollama at {base} has no model {model}: ollama pull {model}"
-        )
-    if status == 404:
-        return ClassifierError(
-            "not_found", f"{base}/api/chat is not found: is Ollama's base_url right?"
-        )
-    if status == 400 and "think" in told.lower():
-        return ClassifierError(THINK_REFUSED, f"{model} refuses to be asked not to think")
-    return ClassifierError(f"status {status}", f"Ollama at {base} answers with status {status}: "
-                                               f"{scrub(told)[:200] or 'no words'}")  # fmt: skip
 
 
 # Fences, quotes and prose around the answer are as good; of two categories neither was meant.
@@ -914,18 +882,6 @@ RETRY_AFTER_MAX_S = 2.5  # a rate limit this short is waited for
 UPLOAD_S = 60  # an upload that takes longer than this has stalled
 
 
-# Words of which servers make what they answer on a path they do not know.
-PATH_WORDS = frozenset(
-    "404 error page the requested resource url path route endpoint invalid no "
-    "not found cannot post get on this server was such nginx uri".split()
-)
-
-
-def says_nothing(text: str) -> bool:
-    """True for the text of a 404 that tells no more than the status."""
-    return PATH_WORDS.issuperset(re.sub(r"/\S*|[^\w\s]", " ", text.lower()).split())
-
-
 MATERIAL = ("messages", "tools", "functions")
 NO_CHAT = Chat(b"", {}, ())
 
@@ -1038,7 +994,7 @@ class Router:
             except Failure as failure:
                 failures.append(failure.bare())
                 call.flight.next_attempt()
-                queue = _still_worth_trying(queue, model, failures)
+                queue = still_worth_trying(queue, model, failures)
         return self._without_answer(call, failures)
 
     def _ask(self, call: Call, decision: Decision, model: Model, ticket: Ticket,
@@ -1093,7 +1049,7 @@ class Router:
     def _note_failure(self, attempt: Attempt, failure: Failure, relay: Relay | None) -> None:
         """What came of an attempt; what it read is kept only where it may be passed on yet."""
         attempt.outcome, attempt.status = failure.outcome, failure.status
-        attempt.why = self._sentence(attempt.model, failure)
+        attempt.why = sentence(attempt.model, failure, self._scrubbed(failure.message))
         failure.attempt = attempt
         if relay:
             attempt.price(relay.usage)
@@ -1157,19 +1113,6 @@ class Router:
             return f"has no API key (set {model.upstream.api_key_env})"
         return ""
 
-    def _sentence(self, model: Model, failure: Failure) -> str:
-        """What came of one attempt, for a person: where the next step begins."""
-        upstream, said = model.upstream, self._scrubbed(failure.message)
-        if failure.outcome == "unauthorized":
-            return refused_key(upstream)
-        if failure.outcome in ("connect", "tls") and said:
-            return f"{upstream.name} could not be reached: {said}"
-        if failure.outcome == "not_found" and says_nothing(said):
-            return f"{upstream.base_url}/chat/completions was not found (404): is base_url right?"
-        if failure.outcome == "payment" and said:
-            return f"{model.id} wants payment: {said}"
-        return f"{model.id} {VERDICTS[failure.outcome].says}"
-
     def _scrubbed(self, text: str) -> str:
         known = [self.settings.api_key, self.settings.admin_token, *self.upstreams.keys()]
         return scrub(text, known) if text else ""
@@ -1187,7 +1130,7 @@ class Router:
             empty = failures[len(outcomes) - 1 - outcomes[::-1].index("empty")]
             call.relay, call.answered_by = empty.relay, empty.attempt
             return cast(Relay, empty.relay)
-        refusal = _refusal(failures)
+        refusal = mendable(failures)
         if refusal:
             raise self._as_told(refusal, call)
         raise self._all_failed(call, outcomes)
@@ -1259,36 +1202,6 @@ class Router:
         if failure:  # a stream that was not read to its end was left by its client
             attempt.outcome, attempt.status = failure.outcome, failure.status or attempt.status
             call.outcome = "client_left" if failure.outcome == "client_left" else "failed"
-
-
-def refused_key(upstream: Upstream) -> str:
-    """Whose key which upstream does not take."""
-    if not upstream.api_key_env:
-        return f"{upstream.name} wants a key: name its variable as api_key_env in routes.json"
-    return f"{upstream.api_key_env} is refused by {upstream.name}"
-
-
-def _still_worth_trying(queue: list[Model], model: Model, failures: list[Failure]) -> list[Model]:
-    """What is left of the chain after the last failure."""
-    outcome = failures[-1].outcome
-    rule = VERDICTS[outcome].next
-    if rule == "no" or (rule == "once" and [f.outcome for f in failures].count(outcome) > 1):
-        return []
-    if outcome == "unauthorized":
-        return [other for other in queue if other.upstream != model.upstream]
-    if outcome == "context_length" and model.context:
-        return [other for other in queue if other.context is None or other.context > model.context]
-    return queue
-
-
-def _refusal(failures: list[Failure]) -> Failure | None:
-    """The upstream's refusal that is the client's to mend, if that is what stopped us."""
-    for failure in failures:
-        if failure.outcome in ("content_filter", "context_length"):
-            return failure
-    refusals = [failure for failure in failures if failure.status in (400, 404, 413, 422)]
-    enough = len(refusals) >= 2 or len(refusals) == len(failures)
-    return refusals[0] if refusals and enough else None
 
 
 # --- routes ------------------------------------------------------------------------------------
@@ -1632,19 +1545,6 @@ def warm_up(owner: Router) -> None:
         owner.flights.release(call.flight)
 
 
-@lru_cache(maxsize=1)
-def request_schemas() -> dict[str, jsonschema.Draft202012Validator]:
-    """openapi.json's schemas, compiled once."""
-    components = json.loads((HERE / "parts/openapi.json").read_text(encoding="utf-8"))["components"]
-    names = ("ChatRequest", "RouteRequest", "CategoryChange", "MappingChange")
-    return {
-        name: jsonschema.Draft202012Validator(
-            {**components["schemas"][name], "components": components}
-        )
-        for name in names
-    }
-
-
 def add_headers(response: flask.Response) -> flask.Response:
     """Headers of every answer."""
     for key, value in (ALWAYS | cors_headers(flask.request, router().settings)).items():
@@ -1685,16 +1585,8 @@ def explain_here(settings: Settings, text: str) -> dict[str, Any]:
     log.addHandler(logging.NullHandler())  # the answer says it all
     owner = Router(settings, new_session(1), time.monotonic)
     call = owner.begin(None)
-    owner.flights.acquire(call.flight, counted=False)
-    try:
-        return explain(owner, call, read_chat(as_chat(text)))
-    finally:
-        owner.flights.release(call.flight)
-
-
-def as_chat(text: str) -> bytes:
-    """The chat request of somebody who says `text` and nothing else."""
-    return json.dumps({"messages": [{"role": "user", "content": text}]}).encode()
+    body = {"messages": [{"role": "user", "content": text}]}
+    return explain(owner, call, read_chat(json.dumps(body).encode()))
 
 
 if __name__ == "__main__":

@@ -10,11 +10,17 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from parts.jsontext import Member
+import jsonschema
 
+from parts.errors import invalid, say_schema_error
+from parts.jsontext import Member, has_over
+
+HERE = Path(__file__).resolve().parent
 MOST_VALUES = 100_000  # a validator takes up to 50 µs for each
 
 
@@ -39,17 +45,19 @@ class Chat:
         n = self.body.get("n")
         self.choices = n if isinstance(n, int) and 1 < n <= 128 else 1
 
-    @property
+    @cached_property
     def tools_offered(self) -> int:
         """How many tools a model may call; `functions` is what they were called until 2023."""
-        offered = (self.body.get("tools"), self.body.get("functions"))
-        return sum(len(tools) for tools in offered if isinstance(tools, list))
+        tools, functions = self.body.get("tools"), self.body.get("functions")
+        return len(tools or ()) + (len(functions) if isinstance(functions, list) else 0)
 
-    @property
+    @cached_property
     def tool_choice(self) -> str:
         """Of the tools offered: none may be called, one must be (`required`), or `auto`."""
-        choices = [_choice(self.body.get(name)) for name in ("tool_choice", "function_call")]
-        return next((choice for choice in choices if choice != "auto"), "auto")
+        for name in ("tool_choice", "function_call"):
+            if name in self.body and (choice := _choice(self.body[name])) != "auto":
+                return choice
+        return "auto"
 
     @cached_property
     def wants_tools(self) -> bool:
@@ -62,8 +70,18 @@ class Chat:
 
         Anthropic's `image` may stand in what a tool gave back, one level below.
         """
-        parts = _parts_of(self.body["messages"])
-        return any(part.get("type") in PICTURES for part in (*parts, *_parts_of(parts)))
+        level = self.body["messages"]
+        for _ in range(2):
+            inner = []
+            for holder in level:
+                content = holder.get("content")
+                for part in content if isinstance(content, list) else ():
+                    if isinstance(part, dict):
+                        if part.get("type") in PICTURES:
+                            return True
+                        inner.append(part)
+            level = inner
+        return False
 
     def is_longer_than(self, context: int) -> bool:
         """True when the text surely has over `context` tokens: none is longer than 8 characters."""
@@ -92,17 +110,6 @@ class Chat:
 
 
 PICTURES = ("image_url", "input_image", "image", "file")
-
-
-def _parts_of(holders: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    contents = [holder.get("content") for holder in holders]
-    return [
-        part
-        for content in contents
-        if isinstance(content, list)
-        for part in content
-        if isinstance(part, dict)
-    ]
 
 
 def _choice(value: Any) -> str:
@@ -151,3 +158,28 @@ def _is_message(message: Any) -> bool:
     if isinstance(content, list):
         return {*map(type, content)} <= {dict}
     return content is None or isinstance(content, str)
+
+
+def check(body: Any, name: str) -> None:
+    """RouterError 422 with a {loc, msg} per place where `body` does not fit the schema `name`."""
+    if has_over(MOST_VALUES, body):
+        msg = f"does not fit, and holds over {MOST_VALUES} values, too many to say where"
+        raise invalid([{"loc": ["body"], "msg": msg}])
+    first = islice(request_schemas()[name].iter_errors(body), 20)
+    errors = sorted(first, key=lambda e: [str(p) for p in e.absolute_path])
+    found = [{"loc": ["body", *e.absolute_path], "msg": say_schema_error(e)} for e in errors]
+    if found:
+        raise invalid(found)
+
+
+@lru_cache(maxsize=1)
+def request_schemas() -> dict[str, jsonschema.Draft202012Validator]:
+    """openapi.json's schemas, compiled once."""
+    components = json.loads((HERE / "openapi.json").read_text(encoding="utf-8"))["components"]
+    names = ("ChatRequest", "RouteRequest", "CategoryChange", "MappingChange")
+    return {
+        name: jsonschema.Draft202012Validator(
+            {**components["schemas"][name], "components": components}
+        )
+        for name in names
+    }

@@ -10,7 +10,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
+
+import jsonschema
 
 
 class RoutesError(Exception):
@@ -56,6 +58,14 @@ class Failure(Exception):
 
 class Full(Exception):
     """No permit is left; the message says how many there are."""
+
+
+class ClassifierError(Exception):
+    """The classifier did not answer: one word, and a sentence for /health and the log."""
+
+    def __init__(self, reason: str, message: str = ""):
+        super().__init__(reason)
+        self.message = message
 
 
 class RouterError(Exception):
@@ -148,3 +158,41 @@ def hint(word: str, known: Iterable[str], likeness: float = 0.6) -> str:
     """`; did you mean ...?` when one of `known` is near, else ''."""
     near = difflib.get_close_matches(word, list(known), 1, likeness)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+TYPES = {"object": "an object {...}", "array": "a list [...]", "string": "text in quotes",
+         "integer": "a whole number", "number": "a number", "boolean": "true or false",
+         "null": "null"}  # fmt: skip
+
+
+SAYS = {
+    "uniqueItems": "should name each model once",
+    "minItems": "should be non-empty", "minProperties": "should be non-empty",
+    "minLength": "should be non-empty", "minimum": "should be at least {}",
+    "exclusiveMinimum": "should be more than {}", "maximum": "should be at most {}",
+    "maxItems": "should have at most {} entries", "maxProperties": "should have at most {} members",
+    "maxLength": "should have at most {} characters", "not": "is a reserved name",
+}  # fmt: skip
+
+
+def say_schema_error(e: jsonschema.ValidationError) -> str:
+    """One finding without the value itself: a key pasted in the wrong place must not be logged."""
+    kind, wanted, given = str(e.validator), cast(Any, e.validator_value), cast(Any, e.instance)
+    if kind == "additionalProperties":
+        known = list(e.schema.get("properties", {})) if isinstance(e.schema, dict) else []
+        extra = next(k for k in given if k not in known)
+        return f"unknown key {extra[:40]!r}{hint(extra, known)}"
+    if kind == "required":
+        return f"{next(key for key in wanted if key not in given)!r} is missing"
+    if kind == "type":
+        types = [wanted] if isinstance(wanted, str) else wanted
+        return f"should be {' or '.join(TYPES[name] for name in types)}"
+    if kind == "enum":
+        choices = [str(choice) for choice in wanted]
+        return f"should be one of {', '.join(choices)}{hint(str(given), choices)}"
+    if kind == "pattern" and isinstance(e.schema, dict):
+        name = f"the name {str(given)[:40]!r} " if "propertyNames" in e.schema_path else ""
+        return name + str(e.schema.get("patternErrorMessage", "has a form that cannot be used"))
+    if kind == "anyOf":
+        return f"should hold {' or '.join(key for way in wanted for key in way['required'])}"
+    return SAYS[kind].format(wanted)

@@ -14,9 +14,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from parts.errors import Failure
+from parts.errors import ClassifierError, Failure, scrub
 from parts.errortext import read_error, unpacked, wait_of
 from parts.exchange import MAX_ERROR, Reply
+from parts.table import Model, Upstream
 
 
 class Verdict(NamedTuple):
@@ -445,3 +446,85 @@ def error_of(body: Mapping[str, Any]) -> Any:
         return {"error": {"type": kind, "message": said}}
     bare = body.get("message") or body.get("detail") or body.get("errors") or body.get("msg")
     return body if bare and "choices" not in body and not isinstance(bare, Mapping) else None
+
+
+# --- the rest of the chain -----------------------------------------------------------------------
+
+
+def still_worth_trying(queue: list[Model], model: Model, failures: list[Failure]) -> list[Model]:
+    """What is left of the chain after the last failure."""
+    outcome = failures[-1].outcome
+    rule = VERDICTS[outcome].next
+    if rule == "no" or (rule == "once" and [f.outcome for f in failures].count(outcome) > 1):
+        return []
+    if outcome == "unauthorized":
+        return [other for other in queue if other.upstream != model.upstream]
+    if outcome == "context_length" and model.context:
+        return [other for other in queue if other.context is None or other.context > model.context]
+    return queue
+
+
+def mendable(failures: list[Failure]) -> Failure | None:
+    """The upstream's refusal that is the client's to mend, if that is what stopped us."""
+    for failure in failures:
+        if failure.outcome in ("content_filter", "context_length"):
+            return failure
+    refusals = [failure for failure in failures if failure.status in (400, 404, 413, 422)]
+    enough = len(refusals) >= 2 or len(refusals) == len(failures)
+    return refusals[0] if refusals and enough else None
+
+
+# --- in words ------------------------------------------------------------------------------------
+
+# Words of which servers make what they answer on a path they do not know.
+PATH_WORDS = frozenset(
+    "404 error page the requested resource url path route endpoint invalid no not found cannot "
+    "post get on this server was such nginx uri".split()
+)
+
+
+def says_nothing(text: str) -> bool:
+    """True for the text of a 404 that tells no more than the status."""
+    return PATH_WORDS.issuperset(re.sub(r"/\S*|[^\w\s]", " ", text.lower()).split())
+
+
+def refused_key(upstream: Upstream) -> str:
+    """Whose key which upstream does not take."""
+    if not upstream.api_key_env:
+        return f"{upstream.name} wants a key: name its variable as api_key_env in routes.json"
+    return f"{upstream.api_key_env} is refused by {upstream.name}"
+
+
+def sentence(model: Model, failure: Failure, said: str) -> str:
+    """What came of one attempt, for a person: where the next step begins.
+
+    `said`: the upstream's own words, without any secret.
+    """
+    upstream = model.upstream
+    if failure.outcome == "unauthorized":
+        return refused_key(upstream)
+    if failure.outcome in ("connect", "tls") and said:
+        return f"{upstream.name} could not be reached: {said}"
+    if failure.outcome == "not_found" and says_nothing(said):
+        return f"{upstream.base_url}/chat/completions was not found (404): is base_url right?"
+    if failure.outcome == "payment" and said:
+        return f"{model.id} wants payment: {said}"
+    return f"{model.id} {VERDICTS[failure.outcome].says}"
+
+
+THINK_REFUSED = "think_refused"
+
+
+def ollama_trouble(base: str, model: str, status: int, data: bytes) -> ClassifierError:
+    """What an error of Ollama's means for a person."""
+    told = read_error(data).message
+    if status == 404 and "not found" in told and "page" not in told:
+        text = f"Ollama at {base} has no model {model}: ollama pull {model}"
+        return ClassifierError("no_model", text)
+    if status == 404:
+        text = f"{base}/api/chat is not found: is Ollama's base_url right?"
+        return ClassifierError("not_found", text)
+    if status == 400 and "think" in told.lower():
+        return ClassifierError(THINK_REFUSED, f"{model} refuses to be asked not to think")
+    said = scrub(told)[:200] or "no words"
+    return ClassifierError(f"status {status}", f"Ollama at {base} answers with {status}: {said}")

@@ -41,21 +41,24 @@ Key = tuple[str, ...]
 # --- usage ---------------------------------------------------------------------------------------
 
 # Where each count stands, in every dialect that was met; of several the largest that is one.
-INPUT = ("prompt_tokens", "input_tokens")
-OUTPUT = ("completion_tokens", "output_tokens")
+INPUT = (("prompt_tokens",), ("input_tokens",))
+OUTPUT = (("completion_tokens",), ("output_tokens",))
 CACHED = (  # OpenAI, its Responses, Kimi, DeepSeek, Anthropic
-    "prompt_tokens_details.cached_tokens", "input_tokens_details.cached_tokens", "cached_tokens",
-    "prompt_cache_hit_tokens", "cache_read_input_tokens",
+    ("prompt_tokens_details", "cached_tokens"), ("input_tokens_details", "cached_tokens"),
+    ("cached_tokens",), ("prompt_cache_hit_tokens",), ("cache_read_input_tokens",),
 )  # fmt: skip
 REASONING = (
-    "completion_tokens_details.reasoning_tokens", "output_tokens_details.reasoning_tokens",
-    "reasoning_tokens",
+    ("completion_tokens_details", "reasoning_tokens"),
+    ("output_tokens_details", "reasoning_tokens"),
+    ("reasoning_tokens",),
 )  # fmt: skip
-ANTHROPIC_CACHE = ("cache_read_input_tokens", "cache_creation_input_tokens")
+ANTHROPIC_CACHE = (("cache_read_input_tokens",), ("cache_creation_input_tokens",))
 USD = (  # OpenRouter, Perplexity, DeepInfra, OpenRouter without a fee
-    "cost", "cost.total_cost", "cost.total", "total_cost", "estimated_cost",
-    "cost_details.total_cost", "cost_details.upstream_inference_cost",
+    ("cost",), ("cost", "total_cost"), ("cost", "total"), ("total_cost",), ("estimated_cost",),
+    ("cost_details", "total_cost"), ("cost_details", "upstream_inference_cost"),
 )  # fmt: skip
+TELLS_USD = frozenset((*(path[0] for path in USD), "cost_in_usd_ticks"))
+TOTAL = (("total_tokens",),)
 XAI_TICK_USD = 1e-10  # xAI tells the cost of an answer in these
 
 
@@ -69,8 +72,9 @@ def usage_of(body: Mapping[str, Any]) -> dict[str, Any]:
     last = choices[-1] if isinstance(choices, list) and choices else None
     for holder in (body, body.get("x_groq"), last):
         usage = holder.get("usage") if isinstance(holder, dict) else None
-        if isinstance(usage, dict) and (any(token_counts(usage).values()) or _told_usd(usage)):
-            return usage
+        for value in usage.values() if isinstance(usage, dict) else ():
+            if value and not isinstance(value, dict):
+                return usage
     return {}
 
 
@@ -85,36 +89,36 @@ def _number(value: Any) -> float | None:
     return number if 0 <= number < math.inf else None
 
 
-def _found(usage: Mapping[str, Any], paths: tuple[str, ...]) -> list[Any]:
-    """What stands at those of `paths` that are there."""
-    values = []
-    for path in paths:
-        value: Any = usage
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        values.append(value)
-    return [value for value in values if value is not None]
-
-
-def _count(usage: Mapping[str, Any], paths: tuple[str, ...]) -> int | None:
+def _count(usage: Mapping[str, Any], paths: tuple[tuple[str, ...], ...]) -> int | None:
     """The token count at one of `paths`; 0 when there is none, None when all there is is nonsense.
 
     New API gives OpenAI's counts and zeros under Anthropic's names: the largest is the one meant.
     """
-    values = _found(usage, paths)
-    numbers = [_number(value) for value in values]
-    counts = [int(n) for n in numbers if n is not None and n < 1 << 53 and n == int(n)]
-    return max(counts) if counts else None if values else 0
+    largest, is_there = -1, False
+    for path in paths:
+        value: Any = usage
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is None:
+            continue
+        is_there = True
+        number = value if type(value) is int and value >= 0 else _number(value)
+        if number is not None and largest < number < 1 << 53 and number == int(number):
+            largest = int(number)
+    return largest if largest >= 0 else None if is_there else 0
 
 
 def token_counts(usage: Mapping[str, Any]) -> dict[str, int]:
     """{input, output, cached, reasoning} tokens; cached is part of input, reasoning of output."""
     asked, answered = _count(usage, INPUT) or 0, _count(usage, OUTPUT) or 0
     cached, thought = _count(usage, CACHED) or 0, _count(usage, REASONING) or 0
-    beside = sum(_count(usage, (name,)) or 0 for name in ANTHROPIC_CACHE)
+    beside = 0
+    for path in ANTHROPIC_CACHE:
+        if path[0] in usage:
+            beside += _count(usage, (path,)) or 0
     if "prompt_tokens" not in usage or asked < beside:  # Anthropic's input is what was not cached
         asked += beside
-    left = (_count(usage, ("total_tokens",)) or 0) - asked - answered
+    left = (_count(usage, TOTAL) or 0) - asked - answered
     if left > 0 and left != cached and thought in (0, left):
         answered += left  # xAI and Gemini count what was thought beside the answer
     return {"input": asked, "output": answered, "cached": min(cached, asked),
@@ -126,14 +130,21 @@ NO_TOKENS = token_counts({})
 
 def _told_usd(usage: Mapping[str, Any]) -> float | None:
     """What the upstream says it costs, in USD."""
-    numbers = [_number(value) for value in _found(usage, USD)]
-    usd = next((n for n in numbers if n is not None), None)
+    if TELLS_USD.isdisjoint(usage):
+        return None
+    usd = None
+    for path in USD:
+        value: Any = usage
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        usd = _number(value) if usd is None else usd
     ticks = _number(usage.get("cost_in_usd_ticks"))
     if usd is None and ticks is not None:
         usd = ticks * XAI_TICK_USD
     if usd is not None and usage.get("is_byok") is True and "cost" in usage:
-        (beside,) = _found(usage, USD[-1:]) or (0,)  # OpenRouter's fee, and what the key's owner
-        usd += _number(beside) or 0.0  # pays to the provider
+        details = usage.get("cost_details")  # OpenRouter's fee, and what the key's owner pays
+        beside = details.get("upstream_inference_cost") if isinstance(details, dict) else None
+        usd += _number(beside) or 0.0
     return usd if usd is not None and usd < MOST_USD else None
 
 
@@ -144,8 +155,11 @@ def cost_of(model: Model, usage: Mapping[str, Any]) -> tuple[float | None, str]:
         return told, "upstream"
     if model.id.endswith(":free"):
         return 0.0, "free"
-    tokens, price = token_counts(usage), model.cost
-    if price is None or not tokens["input"] or _count(usage, OUTPUT) is None:
+    price = model.cost
+    if price is None or not usage or _count(usage, OUTPUT) is None:
+        return None, "unknown"
+    tokens = token_counts(usage)
+    if not tokens["input"]:
         return None, "unknown"  # no prompt has no tokens: what came could not be read
     usd = (tokens["input"] - tokens["cached"]) * price["input"] + tokens["output"] * price["output"]
     usd += tokens["cached"] * price.get("cached_input", price["input"])

@@ -198,8 +198,8 @@ class Relay:
         told = error_of(body) if odd or body.get("object") == "error" else None
         if told:
             raise failure_from(200, told)
-        if usage := usage_of(body):
-            self.usage = usage
+        if "usage" in body or "x_groq" in body:
+            self.usage = usage_of(body) or self.usage
         for choice in choices_of(body):
             told = error_of(choice) if "error" in choice else None
             if told:  # OpenRouter tells it in a choice, too
@@ -212,6 +212,8 @@ class Relay:
                     self._begun.add(index)
                 if self._whole:
                     self._note_arguments(index, said.get("tool_calls"), part)
+            if "usage" in choice:
+                self.usage = usage_of(body) or self.usage
             if isinstance(reason, str):
                 self._note_finish(index, reason)
 

@@ -17,12 +17,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jsonschema
 
 from parts.addresses import read_url
-from parts.errors import Refused, RoutesError, hint
+from parts.errors import Refused, RoutesError, hint, say_schema_error
 from parts.jsontext import FINITE, SMALL, say_json_error, set_member
 from parts.prompts import is_entry
 
@@ -236,42 +236,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if twice:
         raise ValueError(f"the key {twice[0]!r} stands twice in one object")
     return dict(pairs)
-
-
-TYPES = {"object": "an object {...}", "array": "a list [...]", "string": "text in quotes",
-         "integer": "a whole number", "number": "a number", "boolean": "true or false",
-         "null": "null"}  # fmt: skip
-SAYS = {
-    "uniqueItems": "should name each model once",
-    "minItems": "should be non-empty", "minProperties": "should be non-empty",
-    "minLength": "should be non-empty", "minimum": "should be at least {}",
-    "exclusiveMinimum": "should be more than {}", "maximum": "should be at most {}",
-    "maxItems": "should have at most {} entries", "maxProperties": "should have at most {} members",
-    "maxLength": "should have at most {} characters", "not": "is a reserved name",
-}  # fmt: skip
-
-
-def say_schema_error(e: jsonschema.ValidationError) -> str:
-    """One finding without the value itself: a key pasted in the wrong place must not be logged."""
-    kind, wanted, given = str(e.validator), cast(Any, e.validator_value), cast(Any, e.instance)
-    if kind == "additionalProperties":
-        known = list(e.schema.get("properties", {})) if isinstance(e.schema, dict) else []
-        extra = next(k for k in given if k not in known)
-        return f"unknown key {extra[:40]!r}{hint(extra, known)}"
-    if kind == "required":
-        return f"{next(key for key in wanted if key not in given)!r} is missing"
-    if kind == "type":
-        types = [wanted] if isinstance(wanted, str) else wanted
-        return f"should be {' or '.join(TYPES[name] for name in types)}"
-    if kind == "enum":
-        choices = [str(choice) for choice in wanted]
-        return f"should be one of {', '.join(choices)}{hint(str(given), choices)}"
-    if kind == "pattern" and isinstance(e.schema, dict):
-        name = f"the name {str(given)[:40]!r} " if "propertyNames" in e.schema_path else ""
-        return name + str(e.schema.get("patternErrorMessage", "has a form that cannot be used"))
-    if kind == "anyOf":
-        return f"should hold {' or '.join(key for way in wanted for key in way['required'])}"
-    return SAYS[kind].format(wanted)
 
 
 def _build_table(text: str, raw: Mapping[str, Any]) -> Table:

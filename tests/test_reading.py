@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import router as module
-from parts.chat import chat_of, fits
+from parts.chat import chat_of, fits, request_schemas
 from parts.jsontext import depth_of, parse_object
 
 
@@ -116,7 +116,7 @@ def test_scrub_masks_a_known_key_in_disguise(told):
     assert module.scrub(f"bad key {told}", ["known-secret"]) == "***"
 
 
-CHAT_SCHEMA = module.request_schemas()["ChatRequest"]
+CHAT_SCHEMA = request_schemas()["ChatRequest"]
 JUNK = st.sampled_from([None, True, 0, 1.5, "x", "", [], {}, [0], [{}], {"include_usage": 1}])
 MESSAGE = JUNK | st.fixed_dictionaries(
     {"role": JUNK | st.just("user")}, optional={"content": JUNK | st.lists(JUNK, max_size=2)}
