@@ -41,7 +41,7 @@ class Chat:
 
     def note_wishes(self) -> None:
         """Work out what is asked of a model, for when messages and tools are forgotten."""
-        _ = self.wants_tools, self.wants_images, self.wants_usage
+        _ = self.tool_choice, self.wants_tools, self.wants_images, self.wants_usage
         n = self.body.get("n")
         self.choices = n if isinstance(n, int) and 1 < n <= 128 else 1
 
@@ -72,14 +72,13 @@ class Chat:
         """
         level = self.body["messages"]
         for _ in range(2):
-            inner = []
+            inner: list[Any] = []
             for holder in level:
                 content = holder.get("content")
-                for part in content if isinstance(content, list) else ():
-                    if isinstance(part, dict):
-                        if part.get("type") in PICTURES:
-                            return True
-                        inner.append(part)
+                inner += content if isinstance(content, list) else ()
+            inner = [part for part in inner if isinstance(part, dict)]
+            if any([part.get("type") in PICTURES for part in inner]):
+                return True
             level = inner
         return False
 

@@ -527,4 +527,4 @@ def ollama_trouble(base: str, model: str, status: int, data: bytes) -> Classifie
     if status == 400 and "think" in told.lower():
         return ClassifierError(THINK_REFUSED, f"{model} refuses to be asked not to think")
     said = scrub(told)[:200] or "no words"
-    return ClassifierError(f"status {status}", f"Ollama at {base} answers with {status}: {said}")
+    return ClassifierError(f"status {status}", f"{base} answers with status {status}: {said}")

@@ -72,9 +72,10 @@ def usage_of(body: Mapping[str, Any]) -> dict[str, Any]:
     last = choices[-1] if isinstance(choices, list) and choices else None
     for holder in (body, body.get("x_groq"), last):
         usage = holder.get("usage") if isinstance(holder, dict) else None
-        for value in usage.values() if isinstance(usage, dict) else ():
-            if value and not isinstance(value, dict):
-                return usage
+        usage = usage if isinstance(usage, dict) else {}
+        if any([_number(value) if isinstance(value, str) else value and not isinstance(value, dict)
+                for value in usage.values()]):  # fmt: skip
+            return usage
     return {}
 
 

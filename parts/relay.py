@@ -198,7 +198,10 @@ class Relay:
         told = error_of(body) if odd or body.get("object") == "error" else None
         if told:
             raise failure_from(200, told)
-        if "usage" in body or "x_groq" in body:
+        usage = body.get("usage")
+        if isinstance(usage, dict) and usage.get("prompt_tokens"):  # nearly always so
+            self.usage = usage
+        elif usage or "x_groq" in body:
             self.usage = usage_of(body) or self.usage
         for choice in choices_of(body):
             told = error_of(choice) if "error" in choice else None

@@ -11,7 +11,7 @@ from parts.judge import VERDICTS, failure_from, judge
 # --- the table, a line per row -----------------------------------------------------------------
 
 
-ROWS = {  # (goes on to the next model, counts as a strike): the outcomes
+OUTCOMES = {  # (goes on to the next model, counts as a strike): the outcomes
     ("yes", True): "connect tls reset first_token answer idle cut server_error redirect "
                    "not_an_answer rate_limited unknown_model",
     ("yes", False): "context_length unauthorized payment not_found client_error",
@@ -23,7 +23,7 @@ ROWS = {  # (goes on to the next model, counts as a strike): the outcomes
 def test_each_outcome_has_its_row():
     found = {name: (verdict.next, verdict.strike) for name, verdict in VERDICTS.items()}
 
-    assert found == {name: row for row, names in ROWS.items() for name in names.split()}
+    assert found == {name: row for row, names in OUTCOMES.items() for name in names.split()}
 
 
 def test_every_outcome_is_said_in_words():

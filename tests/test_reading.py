@@ -72,7 +72,7 @@ def test_a_whole_number_beyond_all_floats_is_a_400_wherever_it_stands(before, ma
     text = json.dumps({"a": "x" * before, "b": [1], "c": "3" * 400}).replace("[1]", "1" * many)
 
     try:
-        found = module.parse_object(text.encode())[1]["b"]
+        found = module.parse_body(text.encode())[1]["b"]
     except module.RouterError as e:
         assert e.status == status
     else:

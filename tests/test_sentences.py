@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import trustme
 from conftest import ROOT, LocalClient, free_port, settings_for, small_routes
+from helpers import answer_to
 from upstream import Upstream, error, plain
 
 import router as module
@@ -228,14 +229,13 @@ def test_a_slash_too_many_opens_no_door(routes, method, path):
 
 
 def test_a_load_balancer_asks_in_http_1_0_without_a_host(service):
-    answer = service.raw(b"GET /health HTTP/1.0\r\n\r\n")
+    answer = answer_to(service, b"GET /health HTTP/1.0\r\n\r\n")
 
-    assert answer.startswith((b"HTTP/1.0 200", b"HTTP/1.1 200"))
-    assert b'"status":"healthy"' in answer
+    assert (answer.status, answer.json["status"]) == (200, "healthy")
 
 
 def test_http_1_1_without_a_host_is_refused_as_before(service):
-    assert b" 200 " not in service.raw(b"GET /health HTTP/1.1\r\n\r\n").split(b"\r\n")[0]
+    assert answer_to(service, b"GET /health HTTP/1.1\r\n\r\n").status in (400, 403)
 
 
 # --- the command line ----
