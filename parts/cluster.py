@@ -14,16 +14,17 @@ Who runs what
 
 Who may touch what
     Link.error, since     under Link's lock; `error` is read without it
-    _version              written under the folder's lock, or by the thread if it is unchanged
-                          since that lock was given back; read by all
+    _version              written under the folder's lock; by `_take` right after it, when Redis
+                          has moved on, so that no `agree` can succeed on the older one
     _seen                 written by the thread, read by `lend`
-    _ended                a deque: requests append, the thread takes; each is one atomic step
+    _lent, _ended         a set of the requests; a deque, to which they append and from which the
+                          thread takes; each of these is one atomic step
     _stale                requests set it, the thread clears it before it reads what it asks for
     all other fields      the thread alone
 
 Why that is enough
-    - A lease that ended is collected before the circuits are copied. So nobody is given the lease
-      of a probe without being told, before or with it, what came of that probe.
+    - A lease that ended is collected before the circuits are copied. So Redis hears what came of a
+      probe before its lease is free, or in the same step; who asks for it knowing less is refused.
     - Copies and resets are taken in one step (`news`). What others tell is taken over only if the
       circuit is still as it was copied; otherwise ours is told first, in the next round, and the
       script in Redis decides: who has not seen the latest number is refused, and hears it then.
@@ -56,7 +57,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import redis
 from redis.backoff import NoBackoff
@@ -74,10 +75,10 @@ JOIN_S = 1.0  # a start waits so long for the first sight of the cluster
 ALIVE_S = 4.0  # who has not been seen for so long is gone, and so is its probe
 REFUSED_S = 1.0  # a probe of another instance is asked about at most this often
 RETRY_S = 2.0  # a text that cannot be taken over is tried again after this
-LONGEST_S = 86_400.0  # the schema allows no longer wait before a probe and no longer request
-SLACK_S = 60.0  # how far two clocks that both follow Redis's may be apart before we doubt them
+LONGEST_S = 86_400.0  # the schema allows no longer wait before a probe, and no longer request
+SLACK_S = 60.0  # Redis's clock may be set while we run
 MOST_TEXT = 8 << 20  # bytes of routes.json; the shipped one has 80 KB
-MOST_ENTRY = 4000  # characters of one circuit; ours have 300
+MOST_ENTRY = 4000  # characters of one circuit; an instance writes 200 to 2,000
 VERSION = re.compile(r"[0-9]{1,15}-[0-9a-f]{1,64}")
 KEYS = {name: f"llm-router:{name}" for name in ("config", "circuits", "seq", "instances")}
 PROBE = "llm-router:probe:"
@@ -173,14 +174,6 @@ class Away(Exception):
 
 class Odd(Exception):
     """Redis holds what no instance writes; the message says what is wrong with it."""
-
-
-class Sight(NamedTuple):
-    """What one look at the cluster found."""
-
-    version: str
-    seq: str
-    members: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -279,8 +272,8 @@ class Link:
             was, self.error = self.error, None
         return was is not None
 
-    def look(self) -> Sight:
-        """Show that this instance lives, and see what is new; sets the clock by Redis's."""
+    def look(self) -> tuple[str, str, list[str]]:
+        """Show that this instance lives; version, sequence number, members. Sets the clock."""
         before = self.clock()
         keys = KEYS["instances"], KEYS["config"], KEYS["seq"]
         found = self.call("look", keys, self.member, int(ALIVE_S * 1000), timely=False)
@@ -288,7 +281,7 @@ class Link:
             raise self.lost("timeout")  # who is slow at the limit must not come and go
         seconds, micros, version, seq, members = found
         self._ahead = int(seconds) + int(micros) / 1e6 - (before + self.clock()) / 2
-        return Sight(version, seq, tuple(m for m in members if len(m) <= 200 and m.isprintable()))
+        return version, seq, [m for m in members if len(m) <= 200 and m.isprintable()]
 
     def routes(self) -> tuple[str, str, str, str]:
         """The cluster's version, text, by, and the tags of its last hundred versions; or Odd."""
@@ -430,12 +423,13 @@ class Cluster:
         self._version = self._noted = ""  # of the routes we are on; and what the note says
         self._behind: str | None = None  # why the cluster's text could not be taken over
         self._retry_at = 0.0
-        self._members: tuple[str, ...] = ()
+        self._members: list[str] = []
         self._told: dict[str, View] = {}  # circuits as last told or heard
         self._seen: dict[str, str] = {}  # model -> sequence number
         self._resets: set[str] = set()  # told whatever the cluster knows
-        self._ended: deque[tuple[str, str]] = deque()  # (model, lease) of probes
-        self._leases: dict[str, str] = {}  # those that have yet to be given back
+        self._lent: set[tuple[str, int]] = set()  # (model, generation): probes with a lease
+        self._ended: deque[tuple[str, str]] = deque()  # (model, lease) of those that ended
+        self._leases: dict[str, str] = {}  # and have yet to be given back
         self._odd: set[str] = set()  # models whose entry was complained of
         self._stale = False  # circuits must be read although no number says so
         self._heard = ("", "")  # sequence number and version up to which circuits are known
@@ -474,19 +468,22 @@ class Cluster:
             return 0.0
         keys = KEYS["circuits"], KEYS["instances"], probe_key(model)
         args = self._seen.get(model, ""), self._lease(generation), max(1, int(lease_s * 1000))
+        self._lent.add((model, generation))
         try:
             left = int(self.link.call("probe", keys, model, *args, int(LONGEST_S * 1000)))
         except Away:
-            return 0.0  # nobody to agree with: the probe is this instance's own
+            left = 0  # nobody to agree with: the probe is ours, and Redis may hold its lease
+        if left:
+            self._lent.discard((model, generation))
         if left < 0:
             self._stale = True
             self.link.wake.set()
-            return CALL_S
-        return min(left / 1000, REFUSED_S)
+        return CALL_S if left < 0 else min(left / 1000, REFUSED_S)
 
     def tell(self, model: str = "", generation: int | None = None) -> None:
         """Have the thread tell the others; `generation` of `model` was a probe, and ended."""
-        if generation is not None:
+        if generation is not None and (model, generation) in self._lent:
+            self._lent.discard((model, generation))
             self._ended.append((model, self._lease(generation)))
         self.link.wake.set()
 
@@ -528,16 +525,15 @@ class Cluster:
 
     def share(self) -> None:
         """One round: look, agree on the routes, tell and hear of circuits. Away when it fails."""
-        sight = self.link.look()
-        self._members = sight.members
+        version, seq, self._members = self.link.look()
         with contextlib.suppress(OSError):  # the folder is not writable: nothing can be agreed on
-            self._agree_on_routes(sight.version)
+            self._agree_on_routes(version)
             self._write_note()
         circuits = self._tell_circuits()
-        news = sight.seq, self._version
+        news = seq, self._version
         if self._stale or self.link.alone or news != self._heard:
             self._stale, self._heard = False, news
-            tidy = self._version == sight.version and not self._behind
+            tidy = self._version == version and not self._behind
             self._hear_circuits(circuits, tidy)
         if self.link.found():
             about = {"instance": self.link.instance, "version": self._version}
@@ -635,7 +631,7 @@ class Cluster:
 
     def _tell_one(self, model: str, circuit: Any, changed: bool) -> None:
         is_reset, lease = model in self._resets, self._leases.get(model, "")
-        if is_reset and not changed:
+        if is_reset and view_of(circuit) == NEW:
             circuit = None  # else: what became of it since the reset
         entry = json.dumps(entry_of(circuit, self.link)) if is_reset or changed else ""
         keys = KEYS["circuits"], KEYS["seq"], probe_key(model)

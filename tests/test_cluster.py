@@ -492,6 +492,32 @@ def test_a_reset_on_one_is_one_on_the_other(pair, models):
     assert (a.state(), b.state()) == ("closed", "closed")
 
 
+def test_a_reset_forgets_the_strikes_on_both_though_requests_came_since(pair):
+    a, b = pair
+    a.fail()
+    a.share()
+    b.share()
+
+    a.breakers.reset()
+    a.fail(times=1)
+    a.share()
+    b.share()
+
+    assert b.breakers.snapshot() == {}
+
+
+def test_a_reset_of_all_reaches_models_that_only_others_know(pair):
+    a, b = pair
+    a.fail()
+    a.share()
+
+    b.breakers.reset()
+    b.share()
+    a.share()
+
+    assert a.state() == "closed"
+
+
 def test_a_reset_of_all_is_not_heard_by_who_made_it(pair):
     a, _ = pair
     a.fail()
@@ -630,6 +656,26 @@ def test_circuits_of_models_that_left_the_table_are_forgotten(pair, server):
         one.share()
 
     assert server.client.hkeys("llm-router:circuits") == []
+
+
+def test_a_lease_whose_probe_ended_while_alone_is_given_back_whatever_was_probed_since(
+    pair, server
+):
+    a, _ = pair
+    a.fail()
+    a.share()
+    a.make_due()
+    ticket = a.probe()
+    server.hang()
+    a.share()
+    a.breakers.settle(ticket, "strike", QUICK, "server_error", 500)
+    a.make_due()
+    a.breakers.settle(a.probe(), "strike", QUICK, "server_error", 500)
+
+    server.go_on()
+    a.share()
+
+    assert list(server.client.scan_iter("llm-router:probe:*")) == []
 
 
 def test_what_opened_while_alone_is_told_afterwards(pair, server):
