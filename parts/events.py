@@ -11,9 +11,11 @@ import re
 from typing import Any, NamedTuple
 
 from parts.errors import Failure
-from parts.jsontext import parse_loosely
+from parts.exchange import MAX_ANSWER
+from parts.jsontext import IN_STRING, LARGE, is_utf8, parse_lean, without_words
 
-MAX_EVENT = 8 << 20  # bytes of one event
+MAX_EVENT = MAX_ANSWER  # bytes of one event: it may hold a whole answer, a picture say
+MOST_LINES = 10_000  # of a large event; real ones have one or two
 
 
 class Event(NamedTuple):
@@ -42,7 +44,9 @@ class EventReader:
         at, seen, events = 0, max(0, len(buffer) - 3), []
         buffer += chunk
         for end in [match.end() for match in _EVENT_END.finditer(buffer, seen)]:
-            events.append(self._event(bytes(buffer[at:end])))
+            with memoryview(buffer) as view:  # a slice of the buffer would be a second copy
+                raw = bytes(view[at:end])
+            events.append(self._event(raw))
             at = end
         del buffer[:at]
         if len(buffer) > MAX_EVENT:
@@ -75,25 +79,21 @@ class EventReader:
         return event
 
 
-# What may stand in a JSON string: of ASCII as it is, and anything.
-PLAIN = bytes(n for n in range(32, 127) if n not in b'"\\')
-_IN_STRING = re.compile(rb'(?:[^\x00-\x1f"\\]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})+')
+PLAIN = bytes(n for n in range(32, 127) if n not in b'"\\')  # in a JSON string as it is
 
 
 def are_words(text: bytes) -> bool:
     """True when `text` between quotes is a JSON string that is not empty."""
     if not text.translate(None, PLAIN):
         return bool(text)
-    with contextlib.suppress(UnicodeDecodeError):
-        return _IN_STRING.fullmatch(text) is not None and bool(text.decode())
-    return False
+    return IN_STRING.fullmatch(text) is not None and is_utf8(text)
 
 
 def shape_of(raw: bytes) -> tuple[bytes, bytes] | None:
     """What stands before and behind the words that an event adds to an answer."""
     for key in (b'"content":"', b'"reasoning":"'):
         start = raw.find(key) + len(key)
-        end = _IN_STRING.match(raw, start)
+        end = IN_STRING.match(raw, start)
         if start >= len(key) and end and raw[end.end() : end.end() + 1] == b'"':
             return raw[:start], raw[end.end() :]
     return None
@@ -104,13 +104,18 @@ _scan_json: Any = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 
 def parse_event(raw: bytes) -> Event:
     """One event; several `data:` lines are joined as the standard says."""
-    if raw[:7] == b"data: {" and raw.find(b"\n") == len(raw) - 2:  # one line: nearly always so
+    lean = raw if len(raw) <= LARGE else without_words(raw)
+    if lean[:7] == b"data: {" and lean.find(b"\n") == len(lean) - 2:  # one line: nearly always so
+        if len(lean) > LARGE:
+            return _event_of(raw, lean[6:-2])
         with contextlib.suppress(ValueError, StopIteration, RecursionError):
-            text = raw[6:-2].decode()
+            text = lean[6:-2].decode()
             data, end = _scan_json(text, 0)
             if end == len(text):
                 return Event(raw, "data", data)
-    lines, name = raw.splitlines(), b""
+    if not lean or (len(lean) > LARGE and lean.count(b"\n") + lean.count(b"\r") > MOST_LINES):
+        return Event(raw, "malformed", {})
+    lines, name = lean.splitlines(), b""
     payload = b"\n".join([line[5:].strip() for line in lines if line.startswith(b"data:")])
     for line in lines:
         if line.startswith(b"event:"):
@@ -119,12 +124,16 @@ def parse_event(raw: bytes) -> Event:
             name, payload = b"error", line[6:].strip()
     if not payload:
         fields = (b":", b"event:", b"id:", b"retry:")
-        is_comment = raw.strip().startswith(fields) or not raw.strip()
+        is_comment = lean.strip().startswith(fields) or not lean.strip()
         return Event(raw, "comment" if is_comment else "malformed", {})
+    return _event_of(raw, payload, name == b"error")
+
+
+def _event_of(raw: bytes, payload: bytes, is_error: bool = False) -> Event:
     if payload == b"[DONE]":
         return Event(raw, "done", {})
-    data = parse_loosely(payload)
-    if name == b"error":
+    data = parse_lean(payload)
+    if is_error:
         told = data if isinstance(data, dict) else {"message": payload.decode(errors="replace")}
         return Event(raw, "error", told)
     return Event(raw, "data", data) if isinstance(data, dict) else Event(raw, "malformed", {})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import json
 import math
 import re
@@ -206,6 +208,48 @@ def parse_loosely(data: bytes | str) -> Any:
         return json.loads(data)
     except (ValueError, RecursionError):
         return None
+
+
+LARGE = 64 << 10  # bytes of a JSON text; what is made of a larger one is bounded
+DENSE = 5  # bytes a brace or bracket in it: `[{},{}]` has more, and would take 27 times its bytes
+# What may stand in a JSON string. Possessive: to go back, the matcher would note each character.
+_ANYTHING = rb'(?:[^\x00-\x1f"\\]++|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})++'
+IN_STRING = re.compile(_ANYTHING)
+# Words and pictures: nobody asks more of them than whether there are any.
+_WORDS = re.compile(
+    rb'("(?:content|reasoning|reasoning_content|url|data|b64_json)"\s*+:\s*+")' + _ANYTHING
+)
+
+
+def parse_lean(data: bytes) -> Any:
+    """The JSON value in `data`, or None; a large one without its long words, or within bounds."""
+    if len(data) > LARGE:
+        data = without_words(data)
+        if len(data) > LARGE and DENSE * (data.count(b"{") + data.count(b"[")) > len(data):
+            return None
+    return parse_loosely(data)
+
+
+def without_words(data: bytes) -> bytes:
+    """`data` with dots for each long text that nobody asks for; b"" when it is no UTF-8.
+
+    As a str, one that holds a single emoji takes four times its bytes, and twice while it is read.
+    """
+
+    def shortened(found: re.Match[bytes]) -> bytes:
+        return found[0] if len(found[0]) < LARGE else found[1] + b"..."
+
+    return _WORDS.sub(shortened, data) if is_utf8(data) else b""
+
+
+def is_utf8(data: bytes) -> bool:
+    """Whether `data` is UTF-8, found out in pieces."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with contextlib.suppress(UnicodeDecodeError):
+        for at in range(0, len(data), LARGE):
+            decoder.decode(data[at : at + LARGE], at + LARGE >= len(data))
+        return True
+    return False
 
 
 def has_over(most: int, value: Any) -> bool:

@@ -17,7 +17,7 @@ from parts.table import Table, Upstream
 
 ASK_S = (5, 15)  # to connect, and to answer
 MOST = 16 << 20  # bytes of a list of models; OpenRouter's has 600 KB
-Reply = tuple[int, Any]
+Told = tuple[int, Any]  # status, and the JSON that came with it
 
 
 class Finding(NamedTuple):
@@ -40,7 +40,7 @@ def ask_all(settings: Settings, table: Table) -> list[Finding]:
         return found + ([] if table.mode == "keywords" else list(_ollama(session, table)))
 
 
-def _get(session: requests.Session, url: str, key: str = "") -> Reply:
+def _get(session: requests.Session, url: str, key: str = "") -> Told:
     """Status and JSON (None: no JSON) of a GET; requests' exceptions."""
     host = urlsplit(url).hostname or ""
     proxies = {} if is_loopback(host) else requests.utils.get_environ_proxies(url)

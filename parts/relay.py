@@ -27,7 +27,7 @@ from parts.errors import Failure, RouterError
 from parts.events import Event, EventReader
 from parts.exchange import MAX_ANSWER, Reply, read_whole
 from parts.flights import Flight
-from parts.jsontext import parse_loosely
+from parts.jsontext import LARGE, parse_lean, parse_loosely
 from parts.judge import (
     FINISHES,
     TELLS_ERROR,
@@ -116,7 +116,7 @@ class Relay:
     def _read_answer(self) -> None:
         data = read_whole(self.reply).removeprefix(BOM)
         try:
-            body = json.loads(data)
+            body = json.loads(data) if len(data) <= LARGE else parse_lean(data)
         except (ValueError, RecursionError):  # one with the end of a stream behind it is one, too
             data = DONE_BEHIND.sub(b"", data)
             body = parse_loosely(data)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import ssl
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -28,10 +30,9 @@ from upstream import Upstream, chunk, events, hang, pieces, raw, stream, whole
 from werkzeug.test import EnvironBuilder
 
 from parts.errors import Failure, Full
-from parts.events import Event, EventReader, parse_event
-from parts.exchange import Endpoint, new_session, read_whole
+from parts.events import MAX_EVENT, Event, EventReader, parse_event
+from parts.exchange import MAX_ANSWER, Endpoint, Reply, new_session, read_whole
 from parts.flights import _LEFT, Flight, Flights
-from parts.live import Reply
 
 SMALL = b'{"model": "acme/one", "messages": []}'
 
@@ -158,6 +159,77 @@ def test_a_trickled_event_is_read_in_linear_time():
     large = seconds_to_read(800_000)
 
     assert large < 8 * small * 3
+
+
+def large(delta: dict, *, escaped: bool = True) -> bytes:
+    body = {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+    text = json.dumps(body, separators=(",", ":"), ensure_ascii=escaped)
+    return b"data: " + text.encode() + b"\n\n"
+
+
+N = 2 << 20
+LARGE_EVENTS = {
+    "a picture": large({"content": "![](data:image/png;base64," + "iVBORw0KGgo" * (N // 11) + ")"}),
+    "line ends": large({"content": "\n" * (N // 2)}),
+    "quotes": large({"content": '"' * (N // 2)}),
+    "accents": large({"content": "é" * (N // 2)}, escaped=False),
+    "escapes": large({"content": "é" * (N // 6)}),
+    "one emoji": large({"content": "a" * N + "😀"}, escaped=False),
+    "one emoji, escaped": large({"content": "a" * N + "😀"}),
+    "thoughts": large({"reasoning_content": "a" * N + "😀"}),
+    "an image part": large({"images": [{"image_url": {"url": "a" * N}}]}),
+    "audio": large({"audio": {"data": "a" * N}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sent", LARGE_EVENTS.values(), ids=LARGE_EVENTS)
+def test_a_large_event_takes_at_most_four_times_its_bytes(sent):
+    reader, found = EventReader(), []
+    tracemalloc.start()
+    for piece in in_pieces(sent, 65536):
+        found += reader.feed(piece)
+    like = reader.is_more(sent)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert [event.kind for event in found] == ["data"]
+    assert found[0].raw == sent
+    assert any(found[0].data["choices"][0]["delta"].values())
+    assert like == ("content" in found[0].data["choices"][0]["delta"])
+    assert peak < 4 * len(sent)  # the text alone was 120 times, when it was matched to go back
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"data: {" + b'"a":[' + b"{}," * N + b"{}]}\n\n", b"data: 1\n" * (N // 8) + b"\n",
+     large({"content": "a" * N})[:-9] + b"\xff" + b'"}}]}\n\n', b": x\n" * (N // 4) + b"\n"],
+    ids=["objects", "lines", "no UTF-8", "comments"],
+)  # fmt: skip
+def test_a_large_event_that_would_take_many_times_its_bytes_is_malformed(sent):
+    tracemalloc.start()
+    found = EventReader().feed(sent)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert [event.kind for event in found] == ["malformed"]
+    assert peak < 8 * len(sent)
+
+
+def test_what_is_asked_of_a_large_event_is_read_although_its_words_are_not():
+    arguments = json.dumps({"path": "a" * 200_000})
+    call = {"index": 0, "function": {"name": "write", "arguments": arguments}}
+    body = {"choices": [{"delta": {"content": "a" * 200_000, "tool_calls": [call]},
+                         "finish_reason": "stop"}], "usage": {"prompt_tokens": 7}}  # fmt: skip
+
+    data = parse_event(b"data: " + json.dumps(body).encode() + b"\n\n").data
+
+    assert data["choices"][0]["delta"]["tool_calls"] == [call]
+    assert data["choices"][0]["finish_reason"] == "stop"
+    assert data["usage"] == {"prompt_tokens": 7}
+
+
+def test_the_largest_event_is_as_large_as_the_largest_whole_answer():
+    assert MAX_EVENT == MAX_ANSWER
 
 
 # --- flights -------------------------------------------------------------------------------------
