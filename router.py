@@ -789,6 +789,7 @@ class Upstreams:
         self._settings = settings
         self._session = session
         self._endpoints: dict[Upstream, Endpoint] = {}
+        self._refuses_usage: set[Upstream] = set()  # those that know no stream_options
         # upstream name -> since when it refuses our key, and when it last did by flight's clock
         self._refused: dict[str, tuple[str, float]] = {}
 
@@ -819,7 +820,9 @@ class Upstreams:
             except SettingsError as e:  # a proxy, met by an upstream that an edit brought
                 raise Failure("shortage", str(e)) from e
             self._endpoints[model.upstream] = endpoint
-        reply = endpoint.send(chat.for_model(model.id), flight, connect_s)
+        usage = "ask" if model.upstream.usage_in_streams else "leave"
+        usage = "drop" if model.upstream in self._refuses_usage else usage
+        reply = endpoint.send(chat.for_model(model.id, usage), flight, connect_s)
         if reply.status_code != 200 or "content-encoding" in reply.headers:
             try:
                 check_head(reply)
@@ -835,6 +838,12 @@ class Upstreams:
             self._refused[upstream.name] = since, now
         elif outcome == "success":
             self._refused.pop(upstream.name, None)
+
+    def stop_asking_usage(self, upstream: Upstream) -> bool:
+        """Ask for no stream's usage there from now on; False when nobody has since it refused."""
+        is_new = upstream not in self._refuses_usage
+        self._refuses_usage.add(upstream)
+        return is_new
 
     def takes_key(self, upstream: Upstream, now: float) -> bool:
         """False while it lately refused our key. Not for ever: who routes by /health/ready would
@@ -1032,6 +1041,10 @@ class Router:
                     raise
                 attempt.seconds = self.clock() - began
                 self._note_failure(attempt, e, relay)
+                without = e.names_usage and call.stream
+                if without and self.upstreams.stop_asking_usage(model.upstream):
+                    flight.next_attempt()
+                    continue
                 if self._again(call, ticket, e, attempt.seconds, last):
                     continue
                 strike = "strike" if VERDICTS[e.outcome].strike else "none"

@@ -89,23 +89,37 @@ class Chat:
         text = re.sub(r'"data:[^"]{200,}"|"[\w+/=-]{1000,}"', "", self.data.decode())  # no text
         return len(re.sub(r"\\u[0-9a-fA-F]{4}", "x", text)) > 8 * context
 
-    def for_model(self, model_id: str) -> list[bytes | memoryview]:
-        """The body for one upstream call: `model` replaced, usage asked for when it streams.
+    def for_model(self, model_id: str, usage: str = "ask") -> list[bytes | memoryview]:
+        """The body for one upstream call: `model` replaced, and `usage` of a stream asked for.
 
-        In pieces, most of them still those of `data`: a copy would double what a request holds.
+        `leave`: the upstream tells it unasked, or nobody may ask; `drop`: it refuses the very
+        member `stream_options`. In pieces, most of them still those of `data`: a copy would double
+        what a request holds.
         """
         edits = {"model": json.dumps(model_id)}
-        if self.stream:
+        if self.stream and usage == "ask" and not self.wants_usage:
             options = {**(self.body.get("stream_options") or {}), "include_usage": True}
             edits["stream_options"] = json.dumps(options)
         data, done = memoryview(self.data), self.members[0].start
         new = [f'"{key}": {value}, ' for key, value in edits.items() if key not in self.body]
         out: list[bytes | memoryview] = [data[:done], "".join(new).encode()]
         for member in self.members:
-            if member.key in edits:
+            if member.key == "stream_options" and usage == "drop":
+                start, end = self._with_comma(member)
+                out.append(data[done:start])
+                done = end
+            elif member.key in edits:
                 out += [data[done : member.value], edits[member.key].encode()]
                 done = member.end
         return [*out, data[done:]]
+
+    def _with_comma(self, member: Member) -> tuple[int, int]:
+        """From where to where a member stands with the comma behind it, else the one before it."""
+        behind = re.compile(rb"[ \t\r\n]*,[ \t\r\n]*").match(self.data, member.end)
+        if behind:
+            return member.start, behind.end()
+        before = self.data[: member.start].rstrip()
+        return len(before) - before.endswith(b","), member.end
 
 
 PICTURES = ("image_url", "input_image", "image", "file")

@@ -47,6 +47,7 @@ class Failure(Exception):
         self.message = message
         self.status = status
         self.retry_after_s = retry_after_s
+        self.names_usage = False  # it refuses that a stream's usage is asked for
         self.relay: Any = None  # what it read so far: an empty answer may be passed on yet
         self.attempt: Any = None
 

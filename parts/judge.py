@@ -389,18 +389,24 @@ def read_told(reply: Reply) -> bytes:
     return unpacked(bytes(data[:MAX_ERROR]), reply.headers.get("content-encoding", ""))
 
 
+# Real codings; `none`, `utf-8` and the like are words of servers for no coding at all.
+CODINGS = re.compile(r"gzip|deflate|compress|\bbr\b|zstd")
+
+
 def check_head(reply: Reply) -> None:
     """Failure unless status and headers announce an answer that we can read."""
-    status = reply.status_code
-    plain = reply.headers.get("content-encoding", "identity").lower() in ("", "identity")
-    if status == 200 and plain:
+    status, coding = reply.status_code, reply.headers.get("content-encoding", "").lower()
+    if 200 <= status <= 203 and not CODINGS.search(coding):  # what the body is decides
         return
     if status < 300:
-        raise Failure("not_an_answer", f"status {status}" if plain else "compressed", status)
+        said = "compressed, though it was not asked for" if status <= 203 else f"status {status}"
+        raise Failure("not_an_answer", said, status)
     data = read_told(reply)
     if reply.flight.why:
         raise Failure(reply.flight.why, status=status)
-    raise failure_from(status, data, reply.headers)
+    failure = failure_from(status, data, reply.headers)
+    failure.names_usage = b"stream_options" in data or b"include_usage" in data
+    raise failure
 
 
 # What a finish_reason says, in the words of all servers in use. One that stands in no row ends an
@@ -527,4 +533,6 @@ def ollama_trouble(base: str, model: str, status: int, data: bytes) -> Classifie
     if status == 400 and "think" in told.lower():
         return ClassifierError(THINK_REFUSED, f"{model} refuses to be asked not to think")
     said = scrub(told)[:200] or "no words"
-    return ClassifierError(f"status {status}", f"{base} answers with status {status}: {said}")
+    return ClassifierError(
+        f"status {status}", f"Ollama at {base} answers with status {status}: {said}"
+    )

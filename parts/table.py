@@ -49,6 +49,7 @@ class Upstream:
     name: str
     base_url: str
     api_key_env: str | None = None
+    usage_in_streams: bool = True  # it may be asked for the usage of a stream
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,8 @@ class Table:
             "timeouts_sec": dict(self.timeouts),
             "daily_limit_usd": self.daily_limit_usd,
             "upstreams": {
-                u.name: {"base_url": u.base_url, "api_key_env": u.api_key_env}
+                u.name: {"base_url": u.base_url, "api_key_env": u.api_key_env,
+                         "usage_in_streams": u.usage_in_streams}
                 for u in self.upstreams.values()
             },
             "warnings": list(self.warnings),
@@ -245,7 +247,7 @@ def _build_table(text: str, raw: Mapping[str, Any]) -> Table:
     }
     upstreams = {
         name: Upstream(name, _base_url(f"$.upstreams.{name}", u["base_url"], ENDPOINTS),
-                       u.get("api_key_env"))
+                       u.get("api_key_env"), u.get("usage_in_streams", True))
         for name, u in raw["upstreams"].items()
     }  # fmt: skip
     ollama_url = _base_url("$.ollama", merged["ollama"]["base_url"], OLLAMA_ENDPOINTS)
