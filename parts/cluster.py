@@ -250,7 +250,7 @@ class Link:
 
     def call(self, script: str, keys: Iterable[str], *args: Any, timely: bool = True) -> Any:
         """What the script returns; Away, once and for all requests, when Redis fails."""
-        until = int((self.clock() + self._ahead + VOID_S) * 1000) if timely else 1 << 52
+        until = int((self.shared_time(self.clock()) + VOID_S) * 1000) if timely else 1 << 52
         try:
             return self._scripts[script](keys=list(keys), args=[until, *args])
         except (redis.RedisError, OSError) as e:
@@ -300,12 +300,12 @@ class Link:
         return texts, others
 
     def shared_time(self, at: float) -> float:
-        """A moment of our clock by Redis's clock; 0.0 stays 0.0, it means none."""
-        return at and at + self._ahead
+        """A moment of our clock by Redis's clock."""
+        return at + self._ahead
 
     def local_time(self, at: float) -> float:
         """A moment of Redis's clock by ours."""
-        return at and at - self._ahead
+        return at - self._ahead
 
 
 def word_for(e: Exception) -> str:
@@ -361,9 +361,8 @@ def entry_of(circuit: Any, link: Link) -> dict[str, Any]:
     """A circuit as the cluster knows it, its times by Redis's clock; None: forgotten."""
     if circuit is None:
         return {"gone": True, "by": link.instance}
-    first = circuit.first_open
-    return {"open": circuit.is_open, "due": link.shared_time(view_of(circuit)[1]),
-            "hold": link.shared_time(circuit.hold),
+    (is_open, due, hold), first = view_of(circuit), circuit.first_open
+    return {"open": is_open, "due": link.shared_time(due), "hold": link.shared_time(hold),
             "first_open": None if first is None else link.shared_time(first),
             "strikes": circuit.strikes, "reason": circuit.reason, "status": circuit.last_status,
             "since": circuit.since, "by": link.instance}  # fmt: skip
@@ -389,7 +388,8 @@ def read_entry(text: str, link: Link) -> tuple[CircuitState | None, str]:
         raise Odd("open is neither true nor false")
     due, hold = number_in(entry, "due", latest), number_in(entry, "hold", latest)
     return CircuitState(
-        is_open, link.local_time(due) if is_open else 0.0, link.local_time(hold),
+        is_open, link.local_time(due) if is_open else 0.0,
+        link.local_time(hold) if hold > now else 0.0,  # the 0.0 of another clock, or over
         None if first is None else link.local_time(number_in(entry, "first_open", soon)),
         int(number_in(entry, "strikes", 1e9)), word_in(entry, "reason"),
         None if status is None else int(number_in(entry, "status", 999)), word_in(entry, "since"),

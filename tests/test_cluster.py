@@ -875,6 +875,23 @@ def test_a_circuit_that_cannot_be_meant_is_ignored_with_one_line(pair, server, c
     assert a.health()["status"] == "ok"
 
 
+def test_a_circuit_without_a_hold_is_told_by_times_that_any_clock_can_read(pair, server):
+    a, b = pair
+    a.fail()
+    a.share()
+    b.share()
+    b.make_due()
+    b.breakers.commit(b.probe(), 3)
+    b.share()
+
+    told = json.loads(server.client.hget("llm-router:circuits", "acme/one").partition(" ")[2])
+    a.share()
+
+    assert 1e9 < told["hold"] < time.time() and 1e9 < told["due"] < time.time()
+    assert a.breakers.news()[0]["acme/one"].hold == 0.0
+    assert a.state() == "closed"
+
+
 TEXTS = ["", "7", "7 ", "garbage", "7 {", "7 []", "7 null", "7 7", "7 {}", '7 {"gone": 1}',
          "7 " + "[" * 3900, "7 " + '{"a":' * 700, f"7 {DIGITS}", "7 " + " " * 5_000_000 + "{}",
          DIGITS + " " + entry(), b"7 \xff\xfe", b"\x00"]  # fmt: skip
