@@ -48,6 +48,7 @@ def read_error(body: Any) -> Said:
 # --- envelopes -----------------------------------------------------------------------------------
 
 _FRAMED = re.compile(r"^(?:data|error):[ \t]?(.*)$", re.M)  # llama.cpp has a field of that name
+_TAG = re.compile(r"<[!?/a-z]", re.I)
 _TAGGED = re.compile(
     r"<(title|h1|code|message|faultstring|detail)\b[^>]{0,200}>([^<]{1,500})<", re.I
 )
@@ -85,7 +86,7 @@ def _open(text: str) -> Any:
         lines = [line for line in _FRAMED.findall(text)[:50] if not line.startswith("[DONE]")]
         whole = _json_at("\n".join(lines), 0)
         return [_open(line) for line in lines] if whole is None else whole
-    if text.startswith("<"):
+    if _TAG.match(text):
         tags = _TAGGED.findall(text[: 4 * MOST_TEXT])[:8]
         return [{tag.lower().replace("h1", "title"): html.unescape(said)} for tag, said in tags]
     if not text.startswith(("{", "[", '"')):
@@ -126,8 +127,10 @@ ENVELOPES = frozenset("error errors message msg detail".split())
 _JSON_IN_TEXT = re.compile(r'\{\s{0,9}"|\[\s{0,9}\{|\A(?:data|event):')
 _SLUG = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _HINT = re.compile(r"retry.?(after|delay|in\b)|reset|estimated.?time")
-# Checkers quote what they do not like, which is the client's: no words of an upstream.
+# What is the client's in a message, and so says nothing of what the upstream means: the values that
+# a checker did not like, and the names of tools.
 _QUOTED = re.compile(r"""'input': |\binput_value=|\{\s{0,9}\"""")
+_NAMED = re.compile(r"""\b(tool|function|name)\W{1,3}['"`][^'"`\n]{1,80}['"`]""", re.I)
 
 
 class _Reader:
@@ -203,7 +206,7 @@ class _Reader:
     def said(self) -> Said:
         """What was collected; a lone code stands for the message that is missing."""
         words = [*self.codes[:50], *(self.messages or self.others)]
-        text = "\n".join(_QUOTED.split(word, maxsplit=1)[0] for word in words)
+        text = "\n".join(_NAMED.sub(r"\1", _QUOTED.split(word, maxsplit=1)[0]) for word in words)
         message = "; ".join(self.messages or self.others or self.codes[-1:])
         return Said(message[:MOST_TEXT], text[: 4 * MOST_TEXT], self.status, self.hints)
 

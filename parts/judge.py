@@ -113,6 +113,7 @@ class Words(NamedTuple):
 SAYS = (
     Words("client_error", phrases(r"""
         unsupported country
+        violation of provider terms
         (country|countries|region|territory|user location) ... (not|un) ?(supported|available)
         not (yet )?(available|supported|allowed) ... (your|this|the) (country|region|location)
         un(available|supported) ... (your|this|the) (country|region|location)
@@ -129,13 +130,14 @@ SAYS = (
         insufficient (user|account|api|usd|token)? ?(quota|balance|credit|fund)
         insufficient \w+ (or \w+ )?balance
         not enough (balance|credit|fund|quota|money)
-        quota is not enough
-        credit balance
+        (quota|balance|credits?|funds) (is|are) (insufficient|not enough|exhausted|depleted|too low)
+        (credit|account) balance
+        credit limit
         payment required
         arrearage
         in arrears
         requires? more credits
-        (out of|no) credits\b
+        (out of|no) credits?( left)?\b
         (used|exhausted|run out|ran out|consumed) ... credits\b
         included credits
         billing error
@@ -145,7 +147,13 @@ SAYS = (
         spend(ing)? limit
         overdue
         recharge
-        free (allocated )?(tier|quota) ... (exhausted|exceeded|only)
+        top up
+        payment method
+        credit card
+        requires? an? (\w+ )?subscription
+        \w*resource pack(age)? exhausted
+        in debt
+        free (allocated )?(tier|quota) ... (exhausted|exceeded|used up|only)
         budget ?(has been )?exceeded
         over budget
         invalid subscription(?! key)
@@ -167,16 +175,23 @@ SAYS = (
         generate ?content
     """)),  # Google's limits per minute and per day say the same as OpenAI's empty account
     Words("unauthorized", phrases(r"""
-        (invalid|incorrect|wrong|missing|expired|unknown|bad|inactive|disabled|revoked|no) KEY\b
+        (invalid|incorrect|wrong|missing|expired|unknown|bad|disabled|revoked|no)[\x20_-]?KEY\b
         KEY ... (invalid|not valid|incorrect|wrong|missing|expired|revoked|blocked|leaked|required)
-        KEY ... (disabled|deleted|deactivated|suspended|not (found|set|provided))
+        KEY ... (disabled|deleted|deactivated|suspended|not (found|set|provided|authori[sz]ed))
+        KEY does(n.t| not) exist
+        token ((has|is|was) )?(been )?(expired|revoked)
         (did ?n.t|not|must|please) (provide|pass|include|supply|specify|send|carry) ... KEY
         (access|auth|authentication|security|api) token ... (非法|已过期|的验证)
         token seems invalid
         (jwt|credentials?) ... (invalid|expired|missing|revoked|required)
         (invalid|bad|no|missing) (auth |authentication )?credentials
         invalid (authentication|authori[sz]ation|auth|bearer|jwt)\b
-        (no|missing) (auth|authentication|authori[sz]ation) header
+        (no|missing|invalid|get the) (auth|authentication|authori[sz]ation) header
+        missing bearer
+        credential is only authorized
+        auth failure
+        (validate|verify) (your )?credentials
+        authori[sz]ation failed
         invalid user ?(name)? or password
         authentication (error|fail|required)
         (failed|unable|could not|cannot) (to )?(be )?authenticate
@@ -193,13 +208,16 @@ SAYS = (
         (error code|status|http) 401\b
         (无效|未提供|过期)的? ?(令牌|密钥|api key)
         令牌(状态不可用|无效|已过期|已失效|验证)
-        (密钥|api key).{0,6}(无效|错误|不正确|过期|不存在)
+        (密钥|api key|token).{0,6}(无效|错误|不正确|过期|不存在|验证失败)
         身份验证失败|无法进行身份验证|认证失败|鉴权失败
         账[户号](已被|不存在|当前处于非活)
     """.replace("KEY", KEY))),
     Words("rate_limited", phrases(r"""
         rate limit
         too many (concurrent )?requests
+        request rate
+        too (frequent|quickly|fast)
+        (requests?|calls?|qps) limit (reached|exceeded)
         throttl
         slow down
         model cooldown
@@ -223,12 +241,19 @@ SAYS = (
         限流|限速|流量限制|并发数|访问量过大|次数限额|使用上限
     """)),
     Words("context_length", phrases(r"""
-        max(imum)?\x20(context|prompt|input|sequence|model)[\x20-](length|size|limit|tokens?|window)
+        max(imum)?\x20context\b
+        max(imum)?\x20(prompt|input|sequence|model)[\x20-](length|size|limit|tokens?|window)
         (exceed\w*|longer|larger|greater|more than|fit) ... context (length|window|size|limit)
-        context (length|window|size|limit) ... (exceed|overflow|too small|is only|ran out)
-        PROMPT ((length|size|tokens?|text|contents?) )?((is|are|was) )?(much )?too (long|large)
-        PROMPT\b(?![^\n:]{0,40}\b(image|file|audio|video|tool|name))[^\n:]{0,40}?\bexceed
-        exceed\w* ... (input|prompt|model|context) tokens?\b
+        context (length|window|size|limit) ... (exceed|overflow|reached|too small|is only|ran out)
+        context (is )?too (long|large)
+        PROMPT ((length|size|tokens?|text|contents?|body) )?((is|are|was) )?(much )?too (long|large)
+        ^(?![^\n]*\b(image|file|audio|video|page|tool|name))[^\n]*\bPROMPT\b[^\n:]{0,40}?\bexceed
+        (token count|number of (input |prompt )?tokens|requested tokens)[^\n:]{0,40}?\bexceed
+        token count ... supports? up to
+        max(imum)? input characters
+        (sequence|prompt|input) length ... (longer|larger|greater) than
+        exceed\w* ... (input|prompt|model|context|message) tokens?\b
+        exceed\w* ... (n_ctx|max_seq_len|max_model_len)
         exceeds? the max(imum)? (allowed )?number of (input )?tokens
         (longer|larger|greater|more) than ... max(imum)? ... (length|tokens?|context|len)\b
         (longer|larger|greater|more) than ... context ... (length|tokens?|context|len)\b
@@ -239,10 +264,12 @@ SAYS = (
         exceed\w* ... token limit
         inputs? tokens? \+ max_new_tokens
         requested [\d,]+ tokens, max
-        (messages?|input|prompt)\b[^'\n]{0,60}'?: string too long
+        (messages|input)[^'\n]{0,60}(content|text)'?: string too long
+        '(input|prompt)': string too long
         prompt ?(超长|过长)
         输入.{0,8}(过长|超长|超出|超过)
         上下文.{0,8}(过长|超)
+        tokens? ?(数量?)?超过
         超(出|过).{0,12}(上下文|最大长度|长度限制)
         请压缩上下文
     """.replace("PROMPT", PROMPT)),
@@ -253,16 +280,23 @@ SAYS = (
     Words("context_length", phrases("too many (input |prompt |context )?tokens"), never=(429,)),
     # "does not support tools" and "no endpoints found that support ..." blame the request.
     Words("unknown_model", phrases(r"""
-        model not (found|exist|available|supported|open)\b
-        MODEL,? (was |is |has )?not (been |currently |yet )?(found|exist|valid)
+        model not (found|exist|available|supported|open|allowed)\b
+        MODEL,? (was |is |has )?not (been |currently |yet )?(found|exist|valid|available)
         MODEL,? (was |is |has )?not (been |currently |yet )?(deployed|served|loaded)
         MODEL,? does(n.t| not) exist
-        MODEL,? (has |is )?(been |reached its )?(decommissioned|end of life|retired|no longer)
+        model or endpoint ... does(n.t| not) exist
+        MODEL,? (has |is |was )?(been |reached its )?(deprecated|decommissioned|retired|removed)
+        MODEL,? (has )?(reached its )?end of life
+        MODEL,? is (disabled|blocked)
+        model disabled
+        not supported by (any )?provider
+        access to (the )?model ... denied
+        MODEL,? (has |is )?(been )?no longer
         no (endpoints|models?|deployments?|healthy deployments) (found |available )?for\b
         no available channel
         no models? loaded
         requested model is not supported
-        (unknown|no such|not a valid|invalid) model\b(?! (param|out|resp))
+        (unknown|no such|not a valid|invalid|unsupported) model\b(?! (param|out|resp|feature))
         model identifier is invalid
         not found the model
         ^model:? ?\S*( is)? not support(ed)?\W*$
@@ -276,7 +310,7 @@ SAYS = (
         not found for account
         could not find (real modelid|suitable inference)
         模型.{0,60}(不存在|无可用|已下线|未开通)
-        无可用渠道|无权访问.{0,4}模型|不支持的?模型|未知模型
+        无可用渠道|无权访问.{0,4}模型|不支持的?模型|不存在的模型|未知模型
     """.replace("MODEL", MODEL)), never=(429,)),
     Words("content_filter", phrases(r"""
         content filter
@@ -289,7 +323,7 @@ SAYS = (
         new sensitive
         considered high risk
         as a result of (our|the) safety system
-        敏感内容|敏感词|敏感信息|违规内容
+        敏感内容|敏感词|敏感信息|违规内容|审核不通过|涉嫌违规
     """), never=(401, 402, 404, 429)),  # it ends the walk: beyond doubt, in most statuses
     Words("content_filter", phrases(r"""
         content (management|moderation)
@@ -298,16 +332,20 @@ SAYS = (
         safety(?!_)
         responsible ai
         usage guidelines
-        inappropriate content
+        contain ... (inappropriate|sensitive|senstive)
+        (content|prompt|input|output) ... (blocked|rejected) ... (polic|filter|safety)
         violat\w* ... (polic|guideline|terms)
         内容安全|不合规
     """), only=(400, 403)),
     Words("server_error", phrases(r"""
         overloaded
-        at (full |max |maximum )?capacity
+        (at (full |max |maximum )?|no )capacity
         (high|heavy) (demand|load|traffic)
         (model|service|server|system|engine) ... (is|are) (\w+ )?(busy|loading)
         too busy
+        upstream connect error
+        out of memory
+        degraded function
         (temporarily|currently) unavailable
         service unavailable
         bad gateway
@@ -315,8 +353,8 @@ SAYS = (
         internal server error
         ^server_error$
         deadline exceeded
-        过载|负载过高|系统繁忙|服务.{0,3}繁忙|内部错误|服务器错误|服务暂时不可用
-    """), only=(400, 403, 404, 409, 422)),
+        过载|负载过高|繁忙|内部错误|服务器错误|服务暂时不可用
+    """), only=(400, 403, 404, 409, 422, 424)),
     Words("unauthorized", phrases(r"""
         api key
         credential

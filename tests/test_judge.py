@@ -394,6 +394,18 @@ PROMPT_TOO_LONG = [
     ("a proxy's body limit", 400, "request entity too large"),
     ("a Chinese gateway", 400, "上下文过长，请压缩上下文后重试"),
     ("a Chinese gateway, input", 500, "输入内容过长：输入长度超过模型上限"),
+    ("GitHub Models", 413, {"error": {"code": "tokens_limit_reached", "message": "Request body too "
+                            "large for gpt-4o model. Max size: 8000 tokens."}}),
+    ("GitHub Models, 400", 400, "Request body too large for gpt-4o model. Max size: 8000 tokens."),
+    ("Vertex", 400, "The input token count is 1200000 but model only supports up to 1048576."),
+    ("Fireworks", 400, "The prompt is too long: 200001, model maximum context length: 131072"),
+    ("Cloudflare", 400, {"success": False, "errors": [{"code": 5021, "message": "AiError: The "
+     "estimated number of input and maximum output tokens (9000) exceeded this model context "
+     "window limit (8192)."}]}),
+    ("watsonx", 400, {"errors": [{"code": "invalid_input_argument", "message": "The number of "
+     "input tokens 5000 cannot exceed the total tokens limit 4096 for this model"}]}),
+    ("Baidu, 200", 200, {"error_code": 336007, "error_msg": "the max input characters is 516096"}),
+    ("llama.cpp, other words", 500, "prompt_tokens (5000) exceeds n_ctx (4096)"),
 ]  # fmt: skip
 NOT_PAID = [
     ("OpenAI", 429, {"error": {"message": "You exceeded your current quota, please check your plan "
@@ -455,6 +467,21 @@ NOT_PAID = [
                       "budget: 1.0", "type": "budget_exceeded", "code": "400"}}),
     ("a gateway that wraps", 500, {"error": True, "status_code": 500, "message": "Error code: 429, "
      'with error text {"error":{"code":"1113","message":"余额不足或无可用资源包,请充值。"}}'}),
+    ("Perplexity", 401, {"error": {"message": "You exceeded your current quota, please check your "
+                         "plan and billing details", "type": "insufficient_quota", "code": 401}}),
+    ("Together", 400, {"error": {"message": "Credit limit exceeded, please update your payment "
+                       "method.", "type": "credit_limit"}}),
+    ("Fireworks", 412, "Account acme is suspended, possibly due to reaching the monthly spending "
+                       "limit or failure to pay past invoices."),
+    ("Chutes", 402, {"detail": {"message": "Quota exceeded and account balance is $0.0"}}),
+    ("Ollama", 403, "this model requires a subscription, upgrade for access"),
+    ("Vercel", 403, {"error": {"message": "AI Gateway requires a valid credit card on file to "
+                     "service requests.", "type": "customer_verification_required"}}),
+    ("Volcano Ark, overdue", 403, {"error": {"code": "AccountOverdueError", "message": "The "
+                                   "request failed because your account has an overdue balance."}}),
+    ("Huawei", 401, {"code": "ModelArts.81005", "message": "The free quota has been used up."}),
+    ("Tencent, 200", 200, {"Response": {"Error": {
+        "Code": "FailedOperation.FreeResourcePackExhausted", "Message": "x"}}}),
 ]  # fmt: skip
 KEY_REFUSED = [
     ("OpenAI", 401, "Incorrect API key provided: sk-abc***xyz."),
@@ -500,6 +527,19 @@ KEY_REFUSED = [
     ("OpenRouter", 403, "Key limit exceeded (monthly limit). Manage it using the keys page"),
     ("a gateway that wraps", 500, {"error": {"message": "Error code: 401 - {'error': {'message': "
                                    "'Invalid Authentication'}}"}}),
+    ("Anthropic, subscription", 400, "This credential is only authorized for use with Claude Code "
+                                     "and cannot be used for other API requests."),
+    ("Groq, 400", 400, "Organization has been restricted. Please reach out to support"),
+    ("Lambda", 401, {"error": {"code": "global/invalid-api-key", "message": "API key was invalid, "
+                     "expired, or deleted."}}),
+    ("LiteLLM, 400", 400, {"error": {"message": "Authentication Error, Invalid proxy server token "
+                           "passed.", "type": "auth_error", "code": "401"}}),
+    ("Huawei, 400", 400, {"code": "ModelArts.81002", "message": "Failed to get the authorization "
+                          "header."}),
+    ("Google", 403, "Permission denied: Consumer 'api_key:x' has been suspended."),
+    ("Qwen", 400, "invalid access token or token expired"),
+    ("Tencent, 200", 200, {"Response": {"Error": {"Code": "AuthFailure.SecretIdNotFound",
+                           "Message": "The SecretId is not found"}}}),
 ]  # fmt: skip
 RATE_LIMITED = [
     ("OpenAI", 429, {"error": {"message": "Rate limit reached for gpt-4o on tokens per min (TPM)",
@@ -540,6 +580,18 @@ RATE_LIMITED = [
     ("Cloudflare", 429, "error code: 1015"),
     ("Anthropic", 429, {"type": "error", "error": {"type": "rate_limit_error", "message": "This "
      "request would exceed your organization's rate limit of 40,000 input tokens per minute"}}),
+    ("Azure", 429, "Requests to the ChatCompletions_Create Operation have exceeded token rate "
+                   "limit of your current OpenAI S0 pricing tier. Please retry after 6 seconds."),
+    ("Anthropic, 400", 400, "You have reached your specified API usage limits. You will regain "
+                            "access on 2026-01-01 at 00:00 UTC."),
+    ("Cerebras", 429, {"message": "Tokens per day limit exceeded - too many tokens processed.",
+                       "type": "too_many_tokens_error", "code": "token_quota_exceeded"}),
+    ("Groq, 498", 498, "Flex tier capacity exceeded"),
+    ("SiliconFlow, 403", 403, {"message": "Request was rejected due to rate limiting. Details:TPM "
+                               "limit reached.", "data": None}),
+    ("Baidu, 200", 200, {"error_code": 17, "error_msg": "Open api daily request limit reached"}),
+    ("watsonx", 403, {"errors": [{"code": "token_quota_reached", "message": "This account exceeded "
+                      "the token quota"}]}),
 ]  # fmt: skip
 FILTERED = [
     ("OpenAI", 400, {"error": {"message": "Your request was rejected as a result of our safety "
@@ -560,6 +612,11 @@ FILTERED = [
     ("xAI", 403, {"code": "The caller does not have permission", "error": "Content violates usage "
                   "guidelines."}),
     ("Anthropic", 400, "Output blocked by content filtering policy"),
+    ("OpenAI, reasoning", 400, {"error": {"message": "Invalid prompt: we've limited access to this "
+                                "content for safety reasons.", "code": "invalid_prompt"}}),
+    ("Volcano Ark", 400, {"error": {"code": "SensitiveContentDetected", "message": "The request "
+                          "failed because the input text may contain sensitive information."}}),
+    ("iFlytek, 200", 200, {"error": {"message": "输入内容审核不通过，涉嫌违规", "code": 10013}}),
 ]  # fmt: skip
 UNKNOWN_MODEL = [
     ("OpenAI", 404, "The model `gpt-9` does not exist or you do not have access to it."),
@@ -602,6 +659,15 @@ UNKNOWN_MODEL = [
     ("LM Studio", 404, {"error": {"message": "No models loaded. Please load a model."}}),
     ("OpenCode Zen", 401, {"type": "error", "error": {"type": "ModelError", "message": "Model "
                            "acme not supported"}}),
+    ("Groq, 403", 403, {"error": {"message": "The model `x` is blocked at the organization level.",
+                        "code": "model_permission_blocked_org"}}),
+    ("Bedrock, 403", 403, "You don't have access to the model with the specified model ID."),
+    ("Volcano Ark, endpoint", 404, "The model or endpoint x does not exist or you do not have "
+                                   "access to it."),
+    ("SiliconFlow, disabled", 403, {"code": 30003, "message": "Model disabled."}),
+    ("Cohere", 404, "model 'x' was removed on September 15, 2025."),
+    ("DashScope, unpurchased", 403, "Access to model denied. Please make sure you are eligible for "
+                                    "using the model."),
 ]  # fmt: skip
 BUSY = [
     ("a proxy, 400", 400, {"error": {"message": "The model is overloaded. Please try again."}}),
@@ -615,6 +681,9 @@ BUSY = [
     ("Hugging Face", 503, {"error": "Model acme is currently loading", "estimated_time": 20.0}),
     ("Anthropic", 529, {"type": "error", "error": {"type": "overloaded_error",
                         "message": "Overloaded"}}),
+    ("NVIDIA, 400", 400, {"status": 400, "title": "Bad Request", "detail": "Function id 'x': "
+                          "DEGRADED function cannot be invoked"}),
+    ("TGI, 424", 424, "Request failed during generation: Server error: CUDA out of memory"),
 ]  # fmt: skip
 ELSEWHERE = [
     ("OpenAI", 403, {"error": {"code": "unsupported_country_region_territory", "message":
@@ -623,6 +692,8 @@ ELSEWHERE = [
                           "location is not supported for the API use."}}),
     ("OpenRouter", 403, "This model is not available in your region."),
     ("a key's region", 403, "You are not authorized: not available in your country"),
+    ("OpenRouter, terms", 403, "The request is prohibited due to a violation of provider Terms Of "
+                               "Service."),
 ]  # fmt: skip
 REFUSED = [  # what looks like one of the above, and is the request's fault
     ("OpenAI, max_tokens", 400, "max_tokens is too large: 99999. This model supports at most 16384 "
@@ -661,6 +732,22 @@ REFUSED = [  # what looks like one of the above, and is the request's fault
     ("OpenRouter", 400, {"error": {"code": 400, "message": "Provider returned error", "metadata": {
                          "raw": '{"error":{"message":"tools.0: bad schema"}}'}}}),
     ("new-api", 400, {"error": {"message": "messages is required", "type": "upstream_error"}}),
+    ("Bedrock, max_tokens", 400, "The maximum tokens you requested exceeds the model limit of "
+                                 "4096. Try again with a maximum tokens value that is lower."),
+    ("OpenAI, an id", 400, "Invalid 'messages[2].tool_calls[0].id': string too long. Expected a "
+                           "string with maximum length 40, but got 46"),
+    ("many pictures", 400, "The number of images in the request exceeds the limit of 10"),
+    ("sound", 400, "audio input exceeds 25 MB"),
+    ("many tools", 400, "Number of tools exceeds the maximum of 128"),
+    ("a tool's name", 400, "function 'get_account_balance' has invalid parameters"),
+    ("another tool's name", 400, "Tool 'check_rate_limit' schema invalid"),
+    ("a third", 400, "tools.3.name: 'api_key_invalid' is reserved"),
+    ("a parameter", 400, "`temperature` is deprecated for this model."),
+    ("DashScope", 400, {"error": {"message": "<400> InternalError.Algo.InvalidParameter: The tool "
+                        "call is not supported.", "code": "invalid_parameter_error"}}),
+    ("a schema's member", 400, "json_schema is invalid: api_key property must be string"),
+    ("a download", 400, "Unable to download image: timeout exceeded"),
+    ("vLLM, tools", 400, "tool choice requires --enable-auto-tool-choice"),
 ]  # fmt: skip
 WORDS = {
     "context_length": PROMPT_TOO_LONG, "payment": NOT_PAID, "unauthorized": KEY_REFUSED,
