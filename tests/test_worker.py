@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import json
 import os
+import resource
 import runpy
 import select
+import selectors
 import socket
+import struct
+import subprocess
+import sys
+import threading
 import time
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
@@ -23,11 +30,14 @@ from conftest import ROOT, Service, small_routes
 from gunicorn.config import Config
 from gunicorn.http import RequestParser, wsgi
 from gunicorn.http.errors import InvalidHeader, InvalidHeaderName, ParseException
+from gunicorn.workers.gthread import TConn
 from hypothesis import given, settings
+from upstream import DONE, Upstream, chunk, events, pieces
 
 from parts import worker
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+CHUNKED = b"POST /route HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 def connected(service: Service) -> socket.socket:
@@ -66,38 +76,6 @@ def test_requests_sent_ahead_are_all_answered(service):
         sock.sendall(HEALTH * 3)
 
         assert answers(sock, 3).count(b"HTTP/1.1 200 OK\r\n") == 3
-
-
-def test_a_thread_leaves_a_client_that_never_pauses_for_the_others(direct, monkeypatch):
-    served: list[Any] = []
-    monkeypatch.setattr(worker, "has_more", lambda conn: True)
-    direct.handle = lambda conn: served.append(conn) or True
-    here, there = socket.socketpair()
-    conn = Idle(here, 0)
-    conn.parser = worker.Parser(Config(), conn, BASE)
-    direct.ready.register(here)
-
-    direct.serve_one(conn)
-
-    assert len(served) == worker.IN_A_ROW
-    assert list(direct.idle.values()) == [conn]
-    here.close()
-    there.close()
-
-
-@pytest.mark.parametrize("sent", [b"", HEALTH])
-def test_what_came_meanwhile_is_seen_without_waiting(sent):
-    here, there = socket.socketpair()
-    conn = Idle(here, 0)
-    conn.parser = worker.Parser(Config(), conn, BASE)
-    assert not worker.has_more(conn)
-
-    there.sendall(sent)
-    there.close()
-
-    assert worker.has_more(conn)
-    assert conn.parser.unreader.buf.getvalue() == sent
-    here.close()
 
 
 def test_a_request_in_two_packets_is_one_request(service):
@@ -181,63 +159,165 @@ def test_a_request_on_an_idle_connection_of_a_stopping_worker_is_its_last(tmp_pa
 ADDRESSES = ("127.0.0.1", 1), ("127.0.0.1", 2)  # of a client and of its server
 
 
-class Idle:
-    """A connection as gunicorn keeps it, with what the worker uses of it."""
+def served(direct: Any, conn: Any) -> list[bytes]:
+    """Serve a connection as a thread does; the paths that were asked for."""
+    paths: list[bytes] = []
+    direct.handle = lambda conn: paths.append(next(conn.parser).uri) or True
+    direct.base = BASE
+    direct.idle.pop(conn.sock.fileno())
+    direct.serve_one(conn)
+    return paths
 
-    def __init__(self, sock: socket.socket | None, timeout: float):
-        self.sock, self.timeout, self.closed = sock, timeout, False
-        self.client, self.server = ADDRESSES
 
-    def set_timeout(self) -> None:
-        self.timeout = time.monotonic() + 60
+def test_a_thread_leaves_a_client_that_never_pauses_for_the_others(direct, pairs):
+    conn, client = pairs(direct, 5)
+    client.sendall(HEALTH * 500)
 
-    def close(self) -> None:
-        self.closed = True
+    assert worker.IN_A_ROW <= len(served(direct, conn)) < 250
+    assert list(direct.idle.values()) == [conn]
+    assert direct.ready.poll(0) == [(conn.sock.fileno(), select.EPOLLIN)]
+
+
+@pytest.mark.parametrize("head", [HEALTH, CHUNKED])
+@pytest.mark.parametrize("kept", [False, True])
+def test_half_a_head_is_put_back_with_what_came_and_no_longer_time(direct, pairs, head, kept):
+    conn, client = pairs(direct, 7)
+    if kept:
+        client.sendall(HEALTH)
+        assert served(direct, conn) == ["/health"]
+    for byte in head[:-1]:
+        client.sendall(bytes([byte]))
+        assert served(direct, conn) == []
+    left_s = conn.timeout - time.monotonic()
+
+    client.sendall(head[-1:])
+    assert left_s <= (worker.HEAD_S if kept else 7)
+    assert served(direct, conn) == [head.split()[1].decode()]
 
 
 @pytest.fixture
 def direct() -> Iterator[Any]:
-    found: Any = worker.Direct.__new__(worker.Direct)
-    found.idle, found.alive, found.look_at = {}, True, 0.0
-    found.open, found._accepting, found.is_untidy = set(), True, False
+    found: Any = worker.Direct(0, os.getppid(), [], None, 30, Config(), worker.Silence())
+    found._accepting, found.is_untidy = True, False
     found.ready = select.epoll()
     yield found
     found.ready.close()
+    found.tmp.close()
 
 
-def test_only_connections_past_their_time_are_closed(direct):
-    old, new = Idle(None, time.monotonic() - 1), Idle(None, time.monotonic() + 60)
-    direct.idle, direct.open = {1: old, 2: new}, {old, new}
+@pytest.fixture
+def pairs() -> Iterator[Callable[..., tuple[Any, socket.socket]]]:
+    """Makes (a connection of the worker, its client's end), with the given time left."""
+    made: list[socket.socket] = []
+
+    def make(direct: Any, seconds: float, **noted: Any) -> tuple[Any, socket.socket]:
+        here, there = socket.socketpair()
+        made.extend((here, there))
+        conn = TConn(direct.cfg, here, *ADDRESSES)
+        direct.enqueue_req(conn)
+        conn.timeout = time.monotonic() + seconds
+        vars(conn).update(noted)
+        return conn, there
+
+    yield make
+    [sock.close() for sock in made]
+
+
+def is_closed(client: socket.socket) -> bool:
+    """True when the worker has closed the other end."""
+    client.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        return client.recv(1) == b""
+    return False
+
+
+def test_only_connections_past_their_time_are_closed(direct, pairs):
+    (_, old), (new, other) = pairs(direct, -1), pairs(direct, 60)
 
     direct.murder_keepalived()
 
-    assert (old.closed, new.closed) == (True, False)
-    assert (list(direct.idle), direct.nr_conns) == ([2], 1)
+    assert (is_closed(old), is_closed(other)) == (True, False)
+    assert (list(direct.idle.values()), direct.nr_conns) == ([new], 1)
 
 
-def test_idle_connections_are_looked_at_a_few_times_a_second_however_often_it_wakes(direct):
+def test_a_connection_past_its_time_that_waits_for_a_thread_is_not_closed(direct, pairs):
+    conn, client = pairs(direct, -1)
+    client.sendall(HEALTH)
+
     direct.murder_keepalived()
-    old = Idle(None, time.monotonic() - 1)
-    direct.idle, direct.open = {1: old}, {old}
+
+    assert list(direct.idle.values()) == [conn]
+
+
+def test_idle_connections_are_looked_at_a_few_times_a_second_however_often_it_wakes(direct, pairs):
+    direct.murder_keepalived()
+    _, client = pairs(direct, -1)
 
     direct.murder_keepalived()
-    assert not old.closed
+    assert not is_closed(client)
 
     direct.look_at = 0.0
     direct.murder_keepalived()
-    assert old.closed
+    assert is_closed(client)
 
 
-def test_once_all_is_idle_memory_is_given_back(direct, monkeypatch):
+def test_out_of_room_those_that_never_asked_go_first_and_of_them_the_oldest(direct, pairs):
+    kept = pairs(direct, 9, since=0, is_kept=True)
+    old, new = (pairs(direct, 9, since=since) for since in (1, 2))
+    direct.worker_connections = 3
+
+    direct.murder_keepalived()
+    assert [is_closed(client) for _, client in (kept, old, new)] == [False, True, False]
+
+    assert direct.make_room()
+    assert [is_closed(client) for _, client in (kept, new)] == [False, True]
+    assert direct.make_room()
+    assert not direct.make_room()
+    assert is_closed(kept[1])
+
+
+@pytest.mark.parametrize(("sent", "noted"), [(b"G", {"since": 0}), (b"", {})])
+def test_one_that_has_asked_or_has_just_come_is_not_closed_to_make_room(direct, pairs, sent, noted):
+    _, client = pairs(direct, 5, **noted)
+    client.sendall(sent)
+
+    assert not direct.make_room()
+    assert not is_closed(client)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EPROTO])
+def test_whatever_keeps_a_connection_from_being_accepted_passes(direct, pairs, number):
+    class Listener:
+        def accept(self) -> None:
+            raise OSError(number, "no")
+
+    _, client = pairs(direct, 5, since=0)
+    direct.poller, direct.sockets = selectors.DefaultSelector(), []
+
+    direct.accept(Listener())
+    for _ in range(2):
+        direct.accept(Listener())
+
+    assert not direct._accepting
+    direct.set_accept_enabled(True)
+    assert not direct._accepting
+    direct.accept_at = 0.0
+    direct.set_accept_enabled(True)
+    assert direct._accepting
+    assert is_closed(client) == (number in (errno.EMFILE, errno.ENFILE))
+
+
+def test_once_all_is_idle_memory_is_given_back(direct, pairs, monkeypatch):
     given: list[bool] = []
     monkeypatch.setattr(worker, "give_back_memory", lambda: given.append(True))
-    conn = Idle(None, time.monotonic() + 60)
-    direct.open, direct.is_untidy = {conn}, True  # it is being served
+    conn, _ = pairs(direct, 60)
+    direct.idle, direct.is_untidy = {}, True  # it is being served
 
     direct.murder_keepalived()
     assert not given
 
-    direct.idle, direct.look_at = {1: conn}, 0.0
+    direct.park(conn)
+    direct.look_at = 0.0
     for _ in range(2):
         direct.murder_keepalived()
         direct.look_at = 0.0
@@ -257,23 +337,102 @@ def test_memory_is_given_back_with_all_that_only_knows_itself():
     assert gone() is None
 
 
-def test_past_the_most_connections_new_ones_wait_for_the_end_of_others(tmp_path, upstream):
-    more = {"GUNICORN_CMD_ARGS": "--worker-connections 20"}
-    service = Service(tmp_path, small_routes(upstream.url), ROUTER_THREADS="9", **more)
-    first = [connected(service) for _ in range(25)]
+@pytest.mark.parametrize("said", [b"", HEALTH[:20], CHUNKED[:-2]])
+def test_silent_and_half_said_connections_keep_nobody_out(tmp_path, upstream, said):
+    few = {"GUNICORN_CMD_ARGS": "--worker-connections 40"}
+    service = Service(tmp_path, small_routes(upstream.url), ROUTER_THREADS="9", **few)
+    silent = [connected(service) for _ in range(100)]
     try:
-        late = connected(service)
-        late.sendall(HEALTH)
-        late.settimeout(0.7)
-        with pytest.raises(TimeoutError):
-            late.recv(1)
-        [sock.close() for sock in first]
+        [sock.sendall(said) for sock in silent]
+        began = time.monotonic()
 
-        late.settimeout(5)
-        assert answers(late, 1).startswith(b"HTTP/1.1 200")
-        late.close()
+        assert service.get("/health").status_code == 200
+        assert service.chat().status_code == 200
+        assert time.monotonic() - began < 2
+    finally:
+        [sock.close() for sock in silent]
+        service.stop()
+
+
+def patient_routes(upstream: Upstream) -> dict[str, Any]:
+    """With limits that a busy machine does not reach while a test holds an answer back."""
+    limits = {"connect": 9, "first_token": 30, "idle": 30, "answer": 30, "total": 60}
+    return small_routes(upstream.url, timeouts_sec=limits)
+
+
+def test_past_the_most_connections_new_ones_wait_for_the_end_of_those_that_are_served(
+    tmp_path, upstream
+):
+    few = {"GUNICORN_CMD_ARGS": "--worker-connections 10"}
+    gate = threading.Event()
+    upstream.default = pieces([chunk({"content": "first"}), gate.wait, *events(["second"])])
+    service = Service(tmp_path, patient_routes(upstream), ROUTER_THREADS="18", **few)
+    try:
+        streams = [service.chat(stream=True).iter_content(None) for _ in range(10)]
+        assert all(b"first" in next(stream) for stream in streams)
+        with connected(service) as late:
+            late.sendall(HEALTH)
+            late.settimeout(0.6)
+            with pytest.raises(TimeoutError):
+                late.recv(1)
+            gate.set()
+
+            late.settimeout(5)
+            assert answers(late, 1).startswith(b"HTTP/1.1 200")
+        assert all(b"".join(stream).endswith(DONE) for stream in streams)
     finally:
         service.stop()
+
+
+def worker_of(service: Service) -> int:
+    master = service.process.pid
+    return int(Path(f"/proc/{master}/task/{master}/children").read_text().split()[0])
+
+
+def test_without_a_descriptor_left_streams_go_on_and_others_wait(tmp_path, upstream):
+    gate = threading.Event()
+    upstream.default = pieces([chunk({"content": "first"}), gate.wait, *events(["second"])])
+    service = Service(tmp_path, patient_routes(upstream))
+    stream = service.chat(stream=True).iter_content(None)
+    assert b"first" in next(stream)
+    number = worker_of(service)
+    most = max(map(int, os.listdir(f"/proc/{number}/fd"))) + 20
+    resource.prlimit(number, resource.RLIMIT_NOFILE, (most, most))
+    silent = [connected(service) for _ in range(50)]
+    try:
+        assert service.get("/health").status_code == 200
+        gate.set()
+
+        assert b"".join(stream).endswith(DONE)
+        assert worker_of(service) == number
+        assert service.log.read_text().count("event=accept_failed") == 1
+    finally:
+        [sock.close() for sock in silent]
+        service.stop()
+
+
+LIMITS = """import resource, runpy
+resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
+conf = runpy.run_path("gunicorn.conf.py")
+print(*resource.getrlimit(resource.RLIMIT_NOFILE), conf["worker_connections"])"""
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "threads", "wanted"),
+    [
+        (256, 4096, "64", (4096, 4096, 4096 - 292)),
+        (1024, 1024, "64", (1024, 1024, 1024 - 292)),
+        (1024, 1024, "1024", (1024, 1024, 2048)),
+    ],
+)
+def test_descriptors_are_as_many_as_may_be_and_connections_follow(soft, hard, threads, wanted):
+    found = subprocess.run(
+        [sys.executable, "-c", LIMITS.format(soft=soft, hard=hard)],
+        env={**os.environ, "ROUTER_THREADS": threads, "ROUTER_BIND": "127.0.0.1:0"},
+        cwd=ROOT, capture_output=True, text=True, timeout=20,
+    )  # fmt: skip
+
+    assert tuple(map(int, found.stdout.split())) == wanted
 
 
 def test_a_start_frees_what_it_has_made_from_garbage_collections():
@@ -289,13 +448,13 @@ def test_a_start_frees_what_it_has_made_from_garbage_collections():
     assert seldom > thresholds
 
 
-def test_a_worker_that_leaves_gives_idle_connections_two_seconds(direct):
-    conn = Idle(None, time.monotonic() + 60)
-    direct.idle, direct.alive, direct.open = {1: conn}, False, {conn}
+def test_a_worker_that_leaves_gives_idle_connections_two_seconds(direct, pairs):
+    conn, client = pairs(direct, 60)
+    direct.alive = False
 
     direct.murder_keepalived()
 
-    assert not conn.closed
+    assert not is_closed(client)
     assert conn.timeout <= time.monotonic() + worker.LINGER_S
 
 
@@ -375,7 +534,7 @@ def parsers(data: bytes) -> tuple[Any, Any]:
     cfg = Config()
     found = []
     for make in (
-        lambda sock: worker.Parser(cfg, Idle(sock, 0), BASE),
+        lambda sock: worker.Parser(cfg, TConn(cfg, sock, *ADDRESSES), BASE),
         lambda sock: RequestParser(cfg, sock, ("127.0.0.1", 1)),
     ):
         here, there = socket.socketpair()
@@ -390,6 +549,7 @@ def read_as_gunicorn(data: bytes) -> None:
     ours, theirs = parsers(data)
     with contextlib.closing(ours.unreader.sock), contextlib.closing(theirs.unreader.sock):
         try:
+            assert ours.has_head()
             request = next(ours)
         except (ParseException, OSError, StopIteration):  # gunicorn refused it
             return
@@ -406,6 +566,7 @@ def read_as_gunicorn(data: bytes) -> None:
 @pytest.mark.parametrize("head", ORDINARY)
 def test_an_ordinary_head_is_read_as_gunicorn_reads_it(head):
     ours, theirs = parsers(head + b'{"a": "bcd"}')
+    assert ours.has_head()
     assert isinstance(next(ours), worker.Ordinary)
     [parser.unreader.sock.close() for parser in (ours, theirs)]
 
@@ -511,6 +672,66 @@ def test_a_bug_behind_the_head_ends_the_connection_without_a_second_answer(direc
     assert sent.count(b"HTTP/1.1") == 1
     assert sent.endswith(b"\r\n5\r\npiece\r\n")
     assert pieces.closed
+
+
+BUGS = """from router import create_app
+real = create_app()
+bugs = {"/0": ZeroDivisionError(), "/1": OSError(28, "full"), "/2": SystemExit(3)}
+def app(environ, start):
+    if environ["PATH_INFO"] in bugs:
+        raise bugs[environ["PATH_INFO"]]
+    return real(environ, start)
+"""
+
+
+def test_a_bug_that_leaves_the_application_is_a_500_and_its_thread_lives(tmp_path, upstream):
+    (tmp_path / "wsgi.py").write_text(BUGS)
+    more = {"GUNICORN_CMD_ARGS": f"--pythonpath {tmp_path}"}
+    service = Service(tmp_path, small_routes(upstream.url), ROUTER_THREADS="9", **more)
+    try:
+        found = [service.get(f"/{n % 2}") for n in range(20)]
+
+        assert {reply.status_code for reply in found} == {500}
+        assert {reply.json()["error"]["type"] for reply in found} == {"internal_error"}
+        assert [service.raw(b"GET /2 HTTP/1.1\r\nHost: a\r\n\r\n") for _ in range(10)] == [b""] * 10
+        assert service.get("/health").status_code == 200
+        assert "internal_error where=ZeroDivisionError@wsgi.py:" in service.log.read_text()
+    finally:
+        service.stop()
+
+
+def test_a_client_that_does_not_say_goodbye_holds_no_thread(direct, pairs):
+    conn, client = pairs(direct, 5)
+    direct.idle.clear()
+
+    direct.handle, direct.base = lambda conn: False, BASE
+    client.sendall(HEALTH)
+    direct.serve_one(conn)
+    assert client.recv(1) == b""
+    assert list(direct.idle.values()) == [conn]
+    assert conn.timeout <= time.monotonic() + worker.GOODBYE_S
+
+    client.sendall(HEALTH * 1000)  # nobody reads this
+    direct.idle.clear()
+    direct.serve_one(conn)
+    assert direct.open == {conn}
+
+    client.close()
+    direct.idle.clear()
+    direct.serve_one(conn)
+    assert direct.open == set()
+
+
+def test_a_client_that_takes_nothing_of_an_answer_is_left(direct, pairs, monkeypatch):
+    monkeypatch.setattr(worker, "SEND_TIMEOUT", struct.pack("ll", 0, 50_000))
+    conn, _ = pairs(direct, 5)
+    request = worker.Ordinary(dict(REQUEST_METHOD="GET", PATH_INFO="/"), 0, False)
+    response = worker.Response(request, conn.sock, direct.cfg)
+
+    with pytest.raises(ConnectionResetError):
+        response.send(b"x" * 10_000_000)
+
+    assert response.client_left
 
 
 def test_behind_a_broken_chunk_nothing_is_read_on_the_connection(service):
