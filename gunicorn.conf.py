@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import pathlib
+import resource
 import socket
 import subprocess
 import sys
@@ -43,8 +44,20 @@ except settings.SettingsError as e:
 # Circuits, counters and permits live in one process; threads serve the concurrency.
 workers = 1
 
-# Every thread and as many idle connections again; the default of 1,000 is below 1,024 threads.
-worker_connections = max(1000, 2 * threads)
+
+def descriptors():
+    """How many this process may have, after raising the usual 1,024 as far as it may itself."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, most = (65536 if n == resource.RLIM_INFINITY else min(n, 65536) for n in (soft, hard))
+    if soft < most:
+        with contextlib.suppress(ValueError, OSError):  # macOS knows a lower limit of its own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            return most
+    return soft
+
+
+# A connection each, but for those that each thread may need to reach an upstream, and some files.
+worker_connections = max(2 * threads, descriptors() - 3 * threads - 100)
 
 # nginx drops an idle connection after 60 s; whoever closes first must not be the server, or a
 # request that is just being sent is lost.

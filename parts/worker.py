@@ -3,15 +3,58 @@
 gthread hands each request from its main thread to an executor and back through a pipe, which costs
 more than serving a constant answer does. Here each thread waits on one epoll for a connection that
 can be read, serves its request and puts it back; the main thread accepts, and ends what is idle.
-Where there is no epoll the threads are gthread's own. gunicorn.conf.py loads this file anew with
-each reload; it knows nothing of the router.
+Where there is no epoll the threads are gthread's own (`Threaded`). Nothing here knows the router.
+
+Who may touch what, and when
+----------------------------
+A connection is in one of three places:
+
+1. `idle`, by its descriptor: nobody's, it waits for its client. It is new, half a head of its
+   request has come, it is kept after an answer, or it is leaving: our side is closed, and what the
+   client still sends is thrown away, or the system would take back the end of our answer with it.
+2. With the thread that took it out of `idle`. Nobody else reads from it, writes to it, changes
+   what is noted on it, or closes it, until that thread puts it back or ends it.
+3. Gone: closed, and no longer in `open`, which holds the others in either place.
+
+There is no lock. What makes each step safe is that each is one call into C on a dict or a set,
+which the interpreter does whole:
+
+- To take a connection is `idle.pop(descriptor, None)`. Two who try at once, two threads or a thread
+  and the main thread, do not both get it.
+- A thread that puts one back first writes it into `idle` and only then arms the epoll, which
+  reports it once (ONESHOT) and at once if something has come meanwhile. The other way round a
+  thread could be woken for it, find nothing in `idle`, and nobody would be woken again.
+- Between these two steps the main thread may close it, so that arming it fails or, if the main
+  thread has accepted another one under the same number by then, wakes a thread for that one. So a
+  thread may be woken for nothing: it reads without waiting, finds nothing, and puts it back.
+- Only the main thread accepts. So while it looks at `idle`, no number of a descriptor there can
+  come to mean another connection.
+- The main thread closes connections that are nobody's and whose time is over (`end`), never one
+  whose client has sent something: a thread will come for it. To decide it reads `timeout` and
+  `is_kept`, which a thread may be about to change; at worst a connection lives 0.25 s longer.
+
+What a connection may cost before it has said anything is the time until `HEAD_S` is over: a head
+is read as it comes, and what there is of it is put back with the connection (`Parser.has_head`).
+It holds no thread and, since the oldest such go first when there is no room (`make_room`), no
+place that others need. An answer that the client does not take holds its thread
+for `SEND_S`. A body is the application's: it knows who may send how much for how long.
+
+A head is read by gunicorn, or in the same way: `read_ordinary` takes only what gunicorn reads
+without a choice, and a test holds it against gunicorn and h11. While a head is incomplete gunicorn
+tries anew with each piece; so it refuses one as soon as it can, and nobody decides in its place.
+
+gunicorn.conf.py loads this file by its path, in the master, with each reload. The master would keep
+whatever this file imports and hand it to new workers: at module level nothing of ours is imported.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
+import heapq
 import io
+import itertools
 import json
 import logging
 import os
@@ -19,6 +62,7 @@ import re
 import select
 import socket
 import ssl
+import struct
 import threading
 import time
 import types
@@ -27,12 +71,20 @@ from typing import Any
 
 from gunicorn import util
 from gunicorn.http import RequestParser, body, wsgi
+from gunicorn.http.errors import LimitRequestHeaders
+from gunicorn.http.unreader import SocketUnreader
 from gunicorn.workers import gthread
 
 log = logging.getLogger("llm_router")
 
+HEAD_S = 10.0  # for a head in all: the first from accept on, a later one from its first byte on
+MAX_HEAD = 65536  # bytes of a head that comes in pieces; one header is at most 8 KB
+YOUNG_S = 0.2  # so long after it was accepted or served a connection is not closed to make room
+SEND_S = 30.0  # a client that takes nothing of an answer for so long has left
+REST_S = 0.02  # for the rest of a body that nobody wanted, which is nearly always there
+GOODBYE_S = 0.5  # for the client to close as well
 LINGER_S = 2.0  # a worker that leaves keeps idle connections so long: a request may be on its way
-DRAIN_S = 0.5  # for the rest of a body that was refused unread, and for a goodbye; threads are few
+SHORTAGE_S = 60.0  # how often it is said that there are no descriptors
 IN_A_ROW = 16  # requests of one connection, before others that wait for a thread get one
 LOOK_S = 0.25  # how often the main thread looks for idle connections, and whether it may leave
 
@@ -141,13 +193,33 @@ def read_ordinary(data: bytes, end: int, base: dict[str, Any], most: int) -> Ord
     return Ordinary(environ, int(length), connection == "close") if len(lines) <= most else None
 
 
+class Unreader(SocketUnreader):
+    """What a client sends. While a head is read nothing waits: BlockingIOError, it comes later."""
+
+    head: bytes | None = None  # all that has come, while a head is read
+
+    def chunk(self, *wanted: Any) -> bytes:
+        """The next piece."""
+        if self.head is None:
+            return bytes(super().chunk(*wanted))
+        data: bytes = self.sock.recv(self.mxchunk, socket.MSG_DONTWAIT)
+        self.head += data
+        if len(self.head) > MAX_HEAD:
+            raise LimitRequestHeaders(f"over {MAX_HEAD} bytes")
+        return data
+
+
 class Parser(RequestParser):
     """The requests of a connection: ordinary ones at a seventh of gunicorn's time, others by it."""
 
-    def __init__(self, cfg: Any, conn: Any, base: dict[str, Any]):
+    req_count: int
+
+    def __init__(self, cfg: Any, conn: Any, base: dict[str, Any] | None):
         super().__init__(cfg, conn.sock, conn.client)
+        self.unreader = Unreader(conn.sock)
         self._sock = conn.sock
-        self._base = base | {
+        self._next: Any = None  # what `has_head` has found: a request, or what is wrong with it
+        self._base = base and base | {
             "gunicorn.socket": conn.sock,
             "REMOTE_ADDR": conn.client[0],
             "REMOTE_PORT": str(conn.client[1]),
@@ -155,15 +227,39 @@ class Parser(RequestParser):
             "SERVER_PORT": str(conn.server[1]),
         }
 
+    def has_head(self) -> bool:
+        """True when the next request, or what is wrong with it, can be had without waiting."""
+        unreader, before = self.unreader, self.req_count
+        unreader.head = held = unreader.buf.getvalue()
+        try:
+            self._next = self._read(held)
+        except BlockingIOError:  # what has come is read once more when there is more of it
+            unreader.buf = io.BytesIO(unreader.head)
+            self.req_count = before
+            return False
+        except Exception as e:  # noqa: BLE001  raised where gunicorn would have
+            self._next = e
+        finally:
+            unreader.head = None
+        return True
+
     def __next__(self) -> Any:
         """The next request; StopIteration when the client has closed the connection."""
-        held = self.unreader.buf.getvalue()
+        found, self._next = self._next, None
+        if isinstance(found, Exception):
+            try:
+                raise found
+            finally:
+                del found  # it knows this frame
+        return found
+
+    def _read(self, held: bytes) -> Any:
         data = held or self.unreader.chunk()
         end = data.find(b"\r\n\r\n", 0, MAX_ORDINARY) + 4
-        request = read_ordinary(data, end, self._base, self.cfg.limit_request_fields)
+        request = self._base and read_ordinary(data, end, self._base, self.cfg.limit_request_fields)
         if held:
             self.unreader.buf = io.BytesIO()
-        if request is None:
+        if not request:
             self.unreader.unread(data)
             return super().__next__()
         self.unreader.unread(data[end:])
@@ -194,6 +290,7 @@ class Response(wsgi.Response):
 
     headers: list[tuple[str, str]]
     headers_sent: bool
+    client_left = False
 
     def process_headers(self, headers: list[tuple[str, str]]) -> None:
         """Take the headers; gunicorn looks at each of them when one is not as usual."""
@@ -216,13 +313,21 @@ class Response(wsgi.Response):
             return
         if self.chunked and data:
             data = b"%x\r\n%s\r\n" % (len(data), data)
-        self.sock.sendall(self.head() + data)
+        self.send(self.head() + data)
 
     def close(self) -> None:
         """End the response."""
         end = self.head() + (b"0\r\n\r\n" if self.chunked else b"")
         if end:
-            self.sock.sendall(end)
+            self.send(end)
+
+    def send(self, data: bytes) -> None:
+        """Send it; ConnectionResetError when the client has left or takes nothing any more."""
+        try:
+            self.sock.sendall(data)
+        except OSError as e:
+            self.client_left = True
+            raise ConnectionResetError from e  # the one that gunicorn passes over
 
     def head(self) -> bytes:
         """Status line and headers, the first time."""
@@ -241,8 +346,16 @@ class Response(wsgi.Response):
         return "\r\n".join([*lines, "\r\n"]).encode("latin-1")
 
 
+class Bug(Exception):
+    """An OSError that came out of the application: gunicorn would take it for the client's."""
+
+
 class Threaded(gthread.ThreadWorker):
     """gthread whose own refusals (a malformed head, 100 KB of headers) are JSON like all others."""
+
+    def __init__(self, *args: Any):
+        self.accept_at = self.complain_at = 0.0  # when that may be done again
+        super().__init__(*args)
 
     def init_process(self) -> None:
         """Read each setting once: looking one up costs a microsecond, 22 times a request."""
@@ -250,9 +363,27 @@ class Threaded(gthread.ThreadWorker):
         self.cfg.__dict__.update(settings)
         super().init_process()
 
+    def accept(self, listener: Any) -> None:
+        """Take a new connection. One that cannot be taken waits; those that are served go on."""
+        try:
+            super().accept(listener)
+        except OSError as e:
+            shortage = e.errno in (errno.EMFILE, errno.ENFILE)
+            now = time.monotonic()
+            if now >= self.complain_at:
+                self.complain_at = now + SHORTAGE_S
+                log.warning("accept_failed", {"why": e.strerror, "connections": self.nr_conns})
+            if not (shortage and self.make_room()):
+                self.accept_at = now + LOOK_S
+                self.set_accept_enabled(False)
+
+    def make_room(self) -> bool:
+        """True when connections could be closed to make room for others."""
+        return False
+
     def set_accept_enabled(self, enabled: bool) -> None:
         """On leaving, close the listener: a backlog nobody reads would hold clients for 60 s."""
-        super().set_accept_enabled(enabled)
+        super().set_accept_enabled(enabled and time.monotonic() >= self.accept_at)
         if not enabled and not self.alive:
             for listener in self.sockets:
                 listener.close()
@@ -276,18 +407,20 @@ class Threaded(gthread.ThreadWorker):
 
     def respond(self, environ: dict[str, Any], response: Response) -> None:
         """Have the application answer. A bug behind the head can only end the connection."""
-        pieces = self.wsgi(environ, response.start_response)
         try:
+            pieces = self.wsgi(environ, response.start_response)
             try:
                 for piece in pieces:
                     response.write(piece)
                 response.close()
             finally:
                 pieces.close()
-        except OSError:
-            raise
-        except Exception:
+        except Exception as e:
+            if response.client_left:
+                raise
             if not response.headers_sent:
+                if isinstance(e, OSError):
+                    raise Bug(e.strerror).with_traceback(e.__traceback__) from e
                 raise
             from parts.logs import where_it_broke
 
@@ -311,7 +444,7 @@ class Threaded(gthread.ThreadWorker):
             return False
         if getattr(req.body.reader, "length", 1) == 0:
             return True
-        return bool(conn.parser.finish_body(deadline=time.monotonic() + DRAIN_S))
+        return bool(conn.parser.finish_body(deadline=time.monotonic() + REST_S))
 
     def _keepalive_after(self, conn: Any, keepalive: bool) -> bool:
         """gunicorn would read the rest of the body here; `handle_request` has."""
@@ -321,33 +454,36 @@ class Threaded(gthread.ThreadWorker):
         """Let gunicorn word the refusal, then send it as JSON instead of HTML.
 
         gunicorn would log what the client sent, which may be a key or a prompt; we log the place.
+        It gets no request to look at, which it wants only for its access log.
         """
         from parts.logs import where_it_broke
 
         where = {"where": where_it_broke(), "address": addr[0] if addr else ""}
-        log.warning("request_refused", where)
+        page = Envelope(client)
         quiet = types.SimpleNamespace(cfg=self.cfg, log=Silence())
-        gthread.ThreadWorker.handle_error(quiet, req, Envelope(client), addr, exc)
+        gthread.ThreadWorker.handle_error(quiet, None, page, addr, exc)
+        if page.status == 500:
+            log.error("internal_error", where)
+        else:
+            log.warning("request_refused", where)
 
 
 class Direct(Threaded):
-    """Threads that find their requests themselves; see the head of this file.
-
-    A connection belongs to whoever took it out of `idle`, which is one step and needs no lock.
-    """
+    """Threads that find their requests themselves; the head of this file says what keeps order."""
 
     READABLE = getattr(select, "EPOLLIN", 0) | getattr(select, "EPOLLONESHOT", 0)
 
     def __init__(self, *args: Any):
         self.open: set[Any] = set()  # the connections
+        self.idle: dict[int, Any] = {}  # by descriptor, those that wait for their client
+        self.is_untidy = True  # something was done since memory was given back
+        self.look_at = 0.0  # when the main thread next looks for those that are idle for too long
+        self.full_of_kept = False  # there was no room for more of those when it last looked
         super().__init__(*args)
 
     def init_process(self) -> None:
-        """Make what the threads share."""
+        """Make what only this process may have: the master made the worker before it forked."""
         self.ready = select.epoll()  # wakes one thread for each connection that can be read
-        self.idle: dict[int, Any] = {}  # by descriptor, those that wait for their next request
-        self.is_untidy = True  # something was done since memory was given back
-        self.look_at = 0.0  # when the main thread next looks for those that are idle for too long
         self.base = base_environ(self.cfg)
         super().init_process()
 
@@ -357,27 +493,64 @@ class Direct(Threaded):
             threading.Thread(target=self.serve, name=f"serve-{n}", daemon=True).start()
         super().run()
 
+    # --- the main thread: new connections, and the end of idle ones
+
     def enqueue_req(self, conn: Any) -> None:
         """A connection was accepted: wait for its first request, holding no thread."""
         self.open.add(conn)
         conn.data_ready = True
+        conn.is_kept = conn.is_leaving = False
+        conn.since = time.monotonic()
+        conn.timeout = conn.since + HEAD_S
         conn.sock.setblocking(True)
-        if self.is_ordinary(conn):
-            conn.parser = Parser(self.cfg, conn, self.base)
-        self.park(conn)
-        with contextlib.suppress(OSError, ValueError):  # a thread has closed it already
+        with contextlib.suppress(OSError):  # a system that cannot: only a slow reader costs more
+            conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, SEND_TIMEOUT)
+        self.idle[conn.sock.fileno()] = conn
+        with contextlib.suppress(OSError, ValueError):
             self.ready.register(conn.sock, self.READABLE)
 
-    def is_ordinary(self, conn: Any) -> bool:
-        """True when nothing that was set changes how a request is read."""
-        changed = os.environ.get("SCRIPT_NAME") or self.cfg.secure_scheme_headers
-        changed = changed or self.cfg.is_ssl or self.cfg.proxy_protocol not in ("off", False)
-        return not changed and isinstance(conn.client, tuple) and isinstance(conn.server, tuple)
+    def murder_keepalived(self, force: bool = False) -> None:
+        """Close what has been idle for too long, and soon all that is idle when told to leave."""
+        if len(self.open) >= self.worker_connections:
+            self.make_room()
+        now = time.monotonic()
+        if now < self.look_at and not force:
+            return
+        self.look_at = now + LOOK_S
+        if self.is_untidy and len(self.idle) == len(self.open):
+            self.is_untidy = False
+            give_back_memory()
+        idle = self.idle.copy()
+        self.full_of_kept = sum(c.is_kept for c in idle.values()) >= self.max_keepalived
+        for descriptor, conn in idle.items():
+            if not self.alive:
+                conn.timeout = min(conn.timeout, now + LINGER_S)
+            if force or conn.timeout <= now:
+                self.end(descriptor, conn, force)
 
-    def park(self, conn: Any) -> None:
-        """The connection is nobody's until it can be read."""
-        conn.set_timeout()
-        self.idle[conn.sock.fileno()] = conn
+    def make_room(self) -> bool:
+        """Close some of the oldest that wait for their client, at first those that never asked."""
+        idle, before = self.idle.copy().items(), time.monotonic() - YOUNG_S
+        old = [(conn.is_kept, conn.since, n) for n, conn in idle if conn.since <= before]
+        oldest = heapq.nsmallest(1 + len(idle) // 64, old)
+        return any([self.end(descriptor, self.idle.get(descriptor)) for _, _, descriptor in oldest])
+
+    def end(self, descriptor: int, conn: Any, force: bool = False) -> bool:
+        """Close an idle connection; False when it is none any more or waits for a thread."""
+        if conn is None or (has_unread(conn) and not (force or conn.is_leaving)):
+            return False
+        if self.idle.pop(descriptor, None) is None:
+            return False
+        conn.close()
+        self.forget(conn)
+        return True
+
+    def wait_for_and_dispatch_events(self, timeout: float) -> None:
+        """The main thread's wait: it has to look again soon when it is to leave or out of room."""
+        soon = not (self.alive and self._accepting)
+        super().wait_for_and_dispatch_events(min(timeout, LOOK_S) if soon else timeout)
+
+    # --- the threads
 
     def serve(self) -> None:
         """A thread's life: take a connection that can be read, serve it, put it back."""
@@ -388,29 +561,73 @@ class Direct(Threaded):
                     self.serve_one(conn)
 
     def serve_one(self, conn: Any) -> None:
-        """Serve what a client has sent; its next request may have come along, or meanwhile."""
-        keep, self.is_untidy, served = False, True, 1
+        """Serve what a client has sent, then put its connection back or end it."""
+        self.is_untidy = True
         try:
-            keep = self.handle(conn)
-            while keep and (
-                conn.parser.unreader.buf.getvalue() or (served < IN_A_ROW and has_more(conn))
-            ):
-                keep = self.handle(conn)
-                served += 1
-        finally:
-            if keep:
-                self.park(conn)
-                with contextlib.suppress(OSError, ValueError):  # the main thread has closed it
-                    self.ready.modify(conn.sock, self.READABLE)
-            else:
-                util.close_graceful(conn.sock, timeout=DRAIN_S)
-                self.forget(conn)
+            keep = not conn.is_leaving and self.serve_all(conn)
+        except BaseException:  # noqa: BLE001  a thread that dies here is missed by all who come
+            from parts.logs import where_it_broke
+
+            log.error("internal_error", {"where": where_it_broke()})
+            keep = False
+        if keep:
+            self.park(conn)
+        elif is_gone(conn):
+            self.forget(conn)
+        else:
+            self.park(conn)
+
+    def serve_all(self, conn: Any) -> bool:
+        """Serve the requests that are there; False when the connection is to be closed."""
+        for served in itertools.count():
+            if not self.has_request(conn, served):
+                break
+            if not self.handle(conn):
+                return False
+            conn.is_kept, conn.since = True, time.monotonic()
+            conn.timeout = conn.since + self.cfg.keepalive
+        if conn.is_kept and held_by(conn):  # half a head; for the first one the time runs already
+            conn.timeout = min(conn.timeout, time.monotonic() + HEAD_S)
+        return True
+
+    def has_request(self, conn: Any, served: int) -> bool:
+        """True when the next request, or what is wrong with it, can be had without waiting.
+
+        After some in a row only what has been received counts: others wait for a thread.
+        """
+        if conn.parser is None and self.is_plain(conn):
+            conn.parser = Parser(self.cfg, conn, self.base if self.is_ordinary(conn) else None)
+        if not isinstance(conn.parser, Parser):  # gunicorn reads it, in this thread
+            return not served or bool(held_by(conn))
+        if served >= IN_A_ROW and b"\r\n\r\n" not in held_by(conn):
+            return False
+        return conn.parser.has_head()
+
+    def is_plain(self, conn: Any) -> bool:
+        """True when what comes is read as HTTP/1, by nobody but the parser."""
+        return type(conn.sock) is socket.socket and not (
+            self.cfg.is_ssl or "h2" in self.cfg.http_protocols
+        )
+
+    def is_ordinary(self, conn: Any) -> bool:
+        """True when nothing that was set changes how a request is read."""
+        changed = os.environ.get("SCRIPT_NAME") or self.cfg.secure_scheme_headers
+        changed = changed or self.cfg.is_ssl or self.cfg.proxy_protocol not in ("off", False)
+        return not changed and isinstance(conn.client, tuple) and isinstance(conn.server, tuple)
+
+    def park(self, conn: Any) -> None:
+        """The connection is nobody's until it can be read."""
+        self.idle[conn.sock.fileno()] = conn
+        with contextlib.suppress(OSError, ValueError):  # the main thread has closed it
+            self.ready.modify(conn.sock, self.READABLE)
 
     def forget(self, conn: Any) -> None:
         """A connection was closed; the main thread has to know when it waits for that."""
         self.open.discard(conn)
         if not self._accepting:
             self.method_queue.defer(lambda: None)
+
+    # --- what gunicorn asks
 
     @property
     def nr_conns(self) -> int:
@@ -423,41 +640,48 @@ class Direct(Threaded):
 
     def is_crowded(self) -> bool:
         """True when there is no room for one more idle connection."""
-        return len(self.idle) >= self.max_keepalived
-
-    def murder_keepalived(self, force: bool = False) -> None:
-        """Close what has been idle for too long, and soon all that is idle when told to leave."""
-        now = time.monotonic()
-        if now < self.look_at and not force:
-            return
-        self.look_at = now + LOOK_S
-        if self.is_untidy and len(self.idle) == len(self.open):
-            self.is_untidy = False
-            give_back_memory()
-        for descriptor, conn in self.idle.copy().items():
-            if not self.alive:
-                conn.timeout = min(conn.timeout, now + LINGER_S)
-            if (force or conn.timeout <= now) and self.idle.pop(descriptor, None):
-                conn.close()
-                self.forget(conn)
-
-    def wait_for_and_dispatch_events(self, timeout: float) -> None:
-        """The main thread's wait: it has to look again soon when it is to leave."""
-        super().wait_for_and_dispatch_events(timeout if self.alive else min(timeout, LOOK_S))
+        return self.full_of_kept
 
 
-def has_more(conn: Any) -> bool:
-    """True when the client has sent more, which its parser then holds, or has left.
+SEND_TIMEOUT = struct.pack("ll", int(SEND_S), 0)  # a struct timeval
 
-    To have another thread woken for it costs as much as a tenth of a request.
-    """
-    if type(conn.sock) is not socket.socket:
-        return False  # TLS knows no flag for one call
+
+def held_by(conn: Any) -> bytes:
+    """What a connection's parser has received and not read."""
+    return bytes(conn.parser.unreader.buf.getvalue())
+
+
+def has_unread(conn: Any) -> bool:
+    """True when the client has sent something that no thread has come for yet."""
     try:
-        data = conn.sock.recv(8192, socket.MSG_DONTWAIT)
-    except OSError:  # nothing has come, or whoever reads next will see what is wrong
+        flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
+        return bool(socket.socket.recv(conn.sock, 1, flags))  # TLS knows no flags
+    except OSError:
         return False
-    conn.parser.unreader.unread(data)
+
+
+def is_gone(conn: Any) -> bool:
+    """Close a connection as far as can be done at once; False while the client has not closed it.
+
+    Closed at once, the system would take back what the client has not read of our answer, if it
+    has sent more than we have read.
+    """
+    sock = conn.sock
+    if type(sock) is not socket.socket:
+        util.close_graceful(sock, timeout=GOODBYE_S)
+        return True
+    try:
+        if not conn.is_leaving:
+            conn.is_leaving, conn.parser = True, None
+            conn.timeout = time.monotonic() + GOODBYE_S
+            sock.shutdown(socket.SHUT_WR)
+        while sock.recv(65536, socket.MSG_DONTWAIT) and time.monotonic() < conn.timeout:
+            pass
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    sock.close()
     return True
 
 
@@ -487,6 +711,8 @@ class Silence:
 class Envelope:
     """Stands in for the client's socket while gunicorn writes its HTML page."""
 
+    status = 0
+
     def __init__(self, sock: socket.socket):
         self._sock = sock
 
@@ -498,10 +724,12 @@ class Envelope:
         head = page.split(b"\r\n", 1)[0]
         if head.endswith(b"Bad Request"):  # also said with a 500 or 501, but never our fault
             head = b"HTTP/1.1 400 Bad Request"
-        status = int(head.split(b" ")[1])
-        kind = "internal_error" if status == 500 else "bad_request"
+        self.status = int(head.split(b" ")[1])
+        kind = "internal_error" if self.status == 500 else "bad_request"
         said = head.split(b" ", 2)[2].decode("latin1")
         text = f"the request is malformed: {said}"
+        if self.status == 500:
+            text = "the router has a bug; its log says where"
         error = {"message": text, "type": kind, "param": None, "code": kind}
         said_so = json.dumps({"error": error}).encode()
         self._sock.sendall(

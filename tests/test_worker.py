@@ -3,44 +3,45 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
+import json
 import os
+import resource
 import runpy
 import select
+import selectors
 import socket
+import struct
+import subprocess
+import sys
+import threading
 import time
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from conftest import ROOT, Clock
+from conftest import ROOT, Service, small_routes
 from gunicorn.config import Config
 from gunicorn.http import RequestParser, wsgi
 from gunicorn.http.errors import InvalidHeader, InvalidHeaderName, ParseException
 from gunicorn.workers.gthread import TConn
-from helpers import (
-    HEALTH,
-    can_connect,
-    chat_bytes,
-    connected,
-    head_of,
-    pair_of_sockets,
-    user,
-    wait_until,
-    worker_of,
-)
 from hypothesis import given, settings
+from upstream import DONE, Upstream, chunk, events, pieces
 
 from parts import worker
 
-ADDRESSES = ("127.0.0.1", 1), ("127.0.0.1", 2)  # of a client and of its server
-CFG = Config()
-CFG.set("secure_scheme_headers", {})  # as in gunicorn.conf.py
-BASE = worker.base_environ(CFG)
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+CHUNKED = b"POST /route HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def connected(service: Service) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", service.port), timeout=5)
 
 
 def answers(sock: socket.socket, many: int) -> bytes:
@@ -51,77 +52,54 @@ def answers(sock: socket.socket, many: int) -> bytes:
     return out
 
 
-def test_connections_without_a_request_hold_no_thread(serve_once):
-    service = serve_once(ROUTER_THREADS="9")
+def test_connections_without_a_request_hold_no_thread(tmp_path, upstream):
+    service = Service(tmp_path, small_routes(upstream.url), ROUTER_THREADS="9")
     idle = [connected(service) for _ in range(50)]
+    try:
+        assert service.chat().status_code == 200
+        [sock.sendall(HEALTH) for sock in idle]
+        assert all(answers(sock, 1).startswith(b"HTTP/1.1 200") for sock in idle)
+    finally:
+        [sock.close() for sock in idle]
+        service.stop()
 
-    assert service.chat().status_code == 200
-    [sock.sendall(HEALTH) for sock in idle]
-    assert all(answers(sock, 1).startswith(b"HTTP/1.1 200") for sock in idle)
-    [sock.close() for sock in idle]
 
-
-@pytest.mark.parametrize(
-    ("packets", "many"),
-    [([HEALTH] * 3, 3), ([HEALTH * 3], 3), ([HEALTH[:20], HEALTH[20:]], 1)],
-    ids=["one after the other", "sent ahead", "one in two packets"],
-)
-def test_a_connection_serves_all_that_is_sent_on_it(service, packets, many):
+def test_a_connection_serves_one_request_after_the_other(service):
     with connected(service) as sock:
-        for packet in packets:
-            sock.sendall(packet)
-            select.select([sock], [], [], 0.1)  # an answer, or the next packet at once
-
-        found = answers(sock, many)
-
-    assert found.count(b"HTTP/1.1 200 OK\r\n") == many
-    assert found.count(b"\r\nConnection: keep-alive\r\n") == many
+        for _ in range(3):
+            sock.sendall(HEALTH)
+            assert b"\r\nConnection: keep-alive\r\n" in answers(sock, 1)
 
 
-@pytest.fixture
-def conn() -> Iterator[tuple[TConn, socket.socket]]:
-    """A connection as gunicorn keeps it, and its client's end."""
-    with pair_of_sockets() as (here, there):
-        yield TConn(CFG, here, *ADDRESSES), there
+def test_requests_sent_ahead_are_all_answered(service):
+    with connected(service) as sock:
+        sock.sendall(HEALTH * 3)
+
+        assert answers(sock, 3).count(b"HTTP/1.1 200 OK\r\n") == 3
 
 
-def test_a_thread_leaves_a_client_that_never_pauses_for_the_others(direct, conn, monkeypatch):
-    served: list[Any] = []
-    monkeypatch.setattr(worker, "has_more", lambda conn: True)
-    monkeypatch.setattr(direct, "handle", lambda conn: served.append(conn) or True)
-    direct.enqueue_req(conn[0])
-    direct.idle.clear()
+def test_a_request_in_two_packets_is_one_request(service):
+    with connected(service) as sock:
+        sock.sendall(HEALTH[:20])
+        sock.sendall(HEALTH[20:])
 
-    direct.serve_one(conn[0])
-
-    assert len(served) == worker.IN_A_ROW
-    assert list(direct.idle.values()) == [conn[0]]
-
-
-@pytest.mark.parametrize("sent", [b"", HEALTH])
-def test_what_came_meanwhile_is_seen_without_waiting(direct, conn, sent):
-    here, there = conn
-    direct.enqueue_req(here)
-    assert not worker.has_more(here)
-
-    there.sendall(sent)
-    there.close()
-
-    assert worker.has_more(here)
-    assert here.parser.unreader.buf.getvalue() == sent
+        assert answers(sock, 1).startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize("pin", ["0", "1"])
-def test_all_threads_of_a_worker_that_serves_are_on_the_cpu_of_its_port(serve_once, pin):
-    service = serve_once(ROUTER_PIN_CPU=pin)
-    cpus = sorted(os.sched_getaffinity(0))
-    wanted = {cpus[service.port % len(cpus)]} if pin == "1" else set(cpus)
-
-    assert service.chat().status_code == 200
-
-    threads = [int(name) for name in os.listdir(f"/proc/{worker_of(service)}/task")]
-    assert len(threads) > 64
-    assert [os.sched_getaffinity(thread) for thread in threads] == [wanted] * len(threads)
+def test_all_threads_of_a_worker_that_serves_are_on_the_cpu_of_its_port(tmp_path, upstream, pin):
+    service = Service(tmp_path, small_routes(upstream.url), ROUTER_PIN_CPU=pin)
+    try:
+        assert service.chat().status_code == 200
+        master = service.process.pid
+        worker_pid = Path(f"/proc/{master}/task/{master}/children").read_text().split()[0]
+        threads = [int(task.name) for task in Path(f"/proc/{worker_pid}/task").iterdir()]
+        cpus = sorted(os.sched_getaffinity(0))
+        wanted = {cpus[service.port % len(cpus)]} if pin == "1" else set(cpus)
+        assert len(threads) > 64
+        assert [os.sched_getaffinity(thread) for thread in threads] == [wanted] * len(threads)
+    finally:
+        service.stop()
 
 
 def test_an_answer_comes_in_one_packet(service):
@@ -142,9 +120,10 @@ def test_a_head_request_gets_no_body(service):
     assert rest.startswith(b"HTTP/1.1 200")
 
 
-def test_a_stop_ends_idle_connections_and_is_quick(serve_once):
-    service = serve_once()
-    with connected(service, HEALTH) as sock:
+def test_a_stop_ends_idle_connections_and_is_quick(tmp_path, upstream):
+    service = Service(tmp_path, small_routes(upstream.url))
+    with connected(service) as sock:
+        sock.sendall(HEALTH)
         answers(sock, 1)
         began = time.monotonic()
 
@@ -154,12 +133,22 @@ def test_a_stop_ends_idle_connections_and_is_quick(serve_once):
         assert time.monotonic() - began < 8
 
 
-def test_a_request_on_an_idle_connection_of_a_stopping_worker_is_its_last(serve_once):
-    service = serve_once()
-    with connected(service, HEALTH) as sock:
+def wait_until_it_refuses(port: int) -> None:
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return
+    raise AssertionError("it still listens")
+
+
+def test_a_request_on_an_idle_connection_of_a_stopping_worker_is_its_last(tmp_path, upstream):
+    service = Service(tmp_path, small_routes(upstream.url))
+    with connected(service) as sock:
+        sock.sendall(HEALTH)
         answers(sock, 1)
         service.process.terminate()
-        wait_until(lambda: not can_connect(service.port))
+        wait_until_it_refuses(service.port)
 
         sock.sendall(HEALTH)
 
@@ -167,82 +156,171 @@ def test_a_request_on_an_idle_connection_of_a_stopping_worker_is_its_last(serve_
     assert service.stop() == 0
 
 
-class App:
-    """What gunicorn loads: an application that is never asked, unless the test has one."""
-
-    def wsgi(self) -> Any:
-        return lambda environ, start: pytest.fail("asked")
+ADDRESSES = ("127.0.0.1", 1), ("127.0.0.1", 2)  # of a client and of its server
 
 
-class Unstarted(worker.Direct):
-    """A worker with all that it makes for itself, which serves nobody by itself."""
+def served(direct: Any, conn: Any) -> list[bytes]:
+    """Serve a connection as a thread does; the paths that were asked for."""
+    paths: list[bytes] = []
+    direct.handle = lambda conn: paths.append(next(conn.parser).uri) or True
+    direct.base = BASE
+    direct.idle.pop(conn.sock.fileno())
+    direct.serve_one(conn)
+    return paths
 
-    def init_signals(self) -> None:
-        """The signals are those of the tests."""
 
-    def run(self) -> None:
-        """The tests do what its threads would do."""
+def test_a_thread_leaves_a_client_that_never_pauses_for_the_others(direct, pairs):
+    conn, client = pairs(direct, 5)
+    client.sendall(HEALTH * 500)
+
+    assert worker.IN_A_ROW <= len(served(direct, conn)) < 250
+    assert list(direct.idle.values()) == [conn]
+    assert direct.ready.poll(0) == [(conn.sock.fileno(), select.EPOLLIN)]
+
+
+@pytest.mark.parametrize("head", [HEALTH, CHUNKED])
+@pytest.mark.parametrize("kept", [False, True])
+def test_half_a_head_is_put_back_with_what_came_and_no_longer_time(direct, pairs, head, kept):
+    conn, client = pairs(direct, 7)
+    if kept:
+        client.sendall(HEALTH)
+        assert served(direct, conn) == ["/health"]
+    for byte in head[:-1]:
+        client.sendall(bytes([byte]))
+        assert served(direct, conn) == []
+    left_s = conn.timeout - time.monotonic()
+
+    client.sendall(head[-1:])
+    assert left_s <= (worker.HEAD_S if kept else 7)
+    assert served(direct, conn) == [head.split()[1].decode()]
 
 
 @pytest.fixture
-def direct(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[worker.Direct]:
-    """A worker whose time is the clock's."""
-    clock.now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", clock)
-    found = Unstarted(0, os.getppid(), [], App(), 30, CFG, worker.Silence())
-    found.init_process()
+def direct() -> Iterator[Any]:
+    found: Any = worker.Direct(0, os.getppid(), [], None, 30, Config(), worker.Silence())
+    found._accepting, found.is_untidy = True, False
+    found.ready = select.epoll()
     yield found
     found.ready.close()
-    found.poller.close()
-    found.method_queue.close()
     found.tmp.close()
-    found.tpool.shutdown()
-    [os.close(end) for end in found.PIPE]
 
 
-def test_only_connections_past_their_time_are_closed(direct, clock):
-    with pair_of_sockets() as (first, _), pair_of_sockets() as (second, _):
-        direct.enqueue_req(TConn(CFG, first, *ADDRESSES))
-        clock += CFG.keepalive - 1
-        late = TConn(CFG, second, *ADDRESSES)
-        direct.enqueue_req(late)
-        clock += 1
+@pytest.fixture
+def pairs() -> Iterator[Callable[..., tuple[Any, socket.socket]]]:
+    """Makes (a connection of the worker, its client's end), with the given time left."""
+    made: list[socket.socket] = []
 
-        direct.murder_keepalived()
+    def make(direct: Any, seconds: float, **noted: Any) -> tuple[Any, socket.socket]:
+        here, there = socket.socketpair()
+        made.extend((here, there))
+        conn = TConn(direct.cfg, here, *ADDRESSES)
+        direct.enqueue_req(conn)
+        conn.timeout = time.monotonic() + seconds
+        vars(conn).update(noted)
+        return conn, there
 
-        assert first.fileno() == -1
-        assert (list(direct.idle.values()), direct.nr_conns) == ([late], 1)
+    yield make
+    [sock.close() for sock in made]
 
 
-def test_idle_connections_are_looked_at_a_few_times_a_second_however_often_it_wakes(
-    direct, conn, clock
-):
-    direct.enqueue_req(conn[0])
+def is_closed(client: socket.socket) -> bool:
+    """True when the worker has closed the other end."""
+    client.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        return client.recv(1) == b""
+    return False
+
+
+def test_only_connections_past_their_time_are_closed(direct, pairs):
+    (_, old), (new, other) = pairs(direct, -1), pairs(direct, 60)
+
     direct.murder_keepalived()
-    conn[0].timeout = clock()
+
+    assert (is_closed(old), is_closed(other)) == (True, False)
+    assert (list(direct.idle.values()), direct.nr_conns) == ([new], 1)
+
+
+def test_a_connection_past_its_time_that_waits_for_a_thread_is_not_closed(direct, pairs):
+    conn, client = pairs(direct, -1)
+    client.sendall(HEALTH)
 
     direct.murder_keepalived()
-    assert conn[0].sock.fileno() != -1
 
-    clock += worker.LOOK_S
+    assert list(direct.idle.values()) == [conn]
+
+
+def test_idle_connections_are_looked_at_a_few_times_a_second_however_often_it_wakes(direct, pairs):
     direct.murder_keepalived()
-    assert conn[0].sock.fileno() == -1
+    _, client = pairs(direct, -1)
+
+    direct.murder_keepalived()
+    assert not is_closed(client)
+
+    direct.look_at = 0.0
+    direct.murder_keepalived()
+    assert is_closed(client)
 
 
-def test_once_all_is_idle_memory_is_given_back(direct, conn, clock, monkeypatch):
+def test_out_of_room_those_that_never_asked_go_first_and_of_them_the_oldest(direct, pairs):
+    kept = pairs(direct, 9, since=0, is_kept=True)
+    old, new = (pairs(direct, 9, since=since) for since in (1, 2))
+    direct.worker_connections = 3
+
+    direct.murder_keepalived()
+    assert [is_closed(client) for _, client in (kept, old, new)] == [False, True, False]
+
+    assert direct.make_room()
+    assert [is_closed(client) for _, client in (kept, new)] == [False, True]
+    assert direct.make_room()
+    assert not direct.make_room()
+    assert is_closed(kept[1])
+
+
+@pytest.mark.parametrize(("sent", "noted"), [(b"G", {"since": 0}), (b"", {})])
+def test_one_that_has_asked_or_has_just_come_is_not_closed_to_make_room(direct, pairs, sent, noted):
+    _, client = pairs(direct, 5, **noted)
+    client.sendall(sent)
+
+    assert not direct.make_room()
+    assert not is_closed(client)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EPROTO])
+def test_whatever_keeps_a_connection_from_being_accepted_passes(direct, pairs, number):
+    class Listener:
+        def accept(self) -> None:
+            raise OSError(number, "no")
+
+    _, client = pairs(direct, 5, since=0)
+    direct.poller, direct.sockets = selectors.DefaultSelector(), []
+
+    direct.accept(Listener())
+    for _ in range(2):
+        direct.accept(Listener())
+
+    assert not direct._accepting
+    direct.set_accept_enabled(True)
+    assert not direct._accepting
+    direct.accept_at = 0.0
+    direct.set_accept_enabled(True)
+    assert direct._accepting
+    assert is_closed(client) == (number in (errno.EMFILE, errno.ENFILE))
+
+
+def test_once_all_is_idle_memory_is_given_back(direct, pairs, monkeypatch):
     given: list[bool] = []
     monkeypatch.setattr(worker, "give_back_memory", lambda: given.append(True))
-    direct.enqueue_req(conn[0])
-    [(descriptor, served)] = direct.idle.items()
-    del direct.idle[descriptor]  # a thread has taken it
+    conn, _ = pairs(direct, 60)
+    direct.idle, direct.is_untidy = {}, True  # it is being served
 
     direct.murder_keepalived()
     assert not given
 
-    direct.park(served)
+    direct.park(conn)
+    direct.look_at = 0.0
     for _ in range(2):
-        clock += worker.LOOK_S
         direct.murder_keepalived()
+        direct.look_at = 0.0
     assert given == [True]
 
 
@@ -259,18 +337,102 @@ def test_memory_is_given_back_with_all_that_only_knows_itself():
     assert gone() is None
 
 
-def test_past_the_most_connections_new_ones_wait_for_the_end_of_others(serve_once):
-    more = {"GUNICORN_CMD_ARGS": "--worker-connections 20"}
-    service = serve_once(ROUTER_THREADS="9", **more)
-    first = [connected(service) for _ in range(25)]
+@pytest.mark.parametrize("said", [b"", HEALTH[:20], CHUNKED[:-2]])
+def test_silent_and_half_said_connections_keep_nobody_out(tmp_path, upstream, said):
+    few = {"GUNICORN_CMD_ARGS": "--worker-connections 40"}
+    service = Service(tmp_path, small_routes(upstream.url), ROUTER_THREADS="9", **few)
+    silent = [connected(service) for _ in range(100)]
+    try:
+        [sock.sendall(said) for sock in silent]
+        began = time.monotonic()
 
-    with connected(service, HEALTH, timeout=0.5) as late:
-        with pytest.raises(TimeoutError):
-            late.recv(1)
-        [sock.close() for sock in first]
+        assert service.get("/health").status_code == 200
+        assert service.chat().status_code == 200
+        assert time.monotonic() - began < 2
+    finally:
+        [sock.close() for sock in silent]
+        service.stop()
 
-        late.settimeout(5)
-        assert answers(late, 1).startswith(b"HTTP/1.1 200")
+
+def patient_routes(upstream: Upstream) -> dict[str, Any]:
+    """With limits that a busy machine does not reach while a test holds an answer back."""
+    limits = {"connect": 9, "first_token": 30, "idle": 30, "answer": 30, "total": 60}
+    return small_routes(upstream.url, timeouts_sec=limits)
+
+
+def test_past_the_most_connections_new_ones_wait_for_the_end_of_those_that_are_served(
+    tmp_path, upstream
+):
+    few = {"GUNICORN_CMD_ARGS": "--worker-connections 10"}
+    gate = threading.Event()
+    upstream.default = pieces([chunk({"content": "first"}), gate.wait, *events(["second"])])
+    service = Service(tmp_path, patient_routes(upstream), ROUTER_THREADS="18", **few)
+    try:
+        streams = [service.chat(stream=True).iter_content(None) for _ in range(10)]
+        assert all(b"first" in next(stream) for stream in streams)
+        with connected(service) as late:
+            late.sendall(HEALTH)
+            late.settimeout(0.6)
+            with pytest.raises(TimeoutError):
+                late.recv(1)
+            gate.set()
+
+            late.settimeout(5)
+            assert answers(late, 1).startswith(b"HTTP/1.1 200")
+        assert all(b"".join(stream).endswith(DONE) for stream in streams)
+    finally:
+        service.stop()
+
+
+def worker_of(service: Service) -> int:
+    master = service.process.pid
+    return int(Path(f"/proc/{master}/task/{master}/children").read_text().split()[0])
+
+
+def test_without_a_descriptor_left_streams_go_on_and_others_wait(tmp_path, upstream):
+    gate = threading.Event()
+    upstream.default = pieces([chunk({"content": "first"}), gate.wait, *events(["second"])])
+    service = Service(tmp_path, patient_routes(upstream))
+    stream = service.chat(stream=True).iter_content(None)
+    assert b"first" in next(stream)
+    number = worker_of(service)
+    most = max(map(int, os.listdir(f"/proc/{number}/fd"))) + 20
+    resource.prlimit(number, resource.RLIMIT_NOFILE, (most, most))
+    silent = [connected(service) for _ in range(50)]
+    try:
+        assert service.get("/health").status_code == 200
+        gate.set()
+
+        assert b"".join(stream).endswith(DONE)
+        assert worker_of(service) == number
+        assert service.log.read_text().count("event=accept_failed") == 1
+    finally:
+        [sock.close() for sock in silent]
+        service.stop()
+
+
+LIMITS = """import resource, runpy
+resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
+conf = runpy.run_path("gunicorn.conf.py")
+print(*resource.getrlimit(resource.RLIMIT_NOFILE), conf["worker_connections"])"""
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "threads", "wanted"),
+    [
+        (256, 4096, "64", (4096, 4096, 4096 - 292)),
+        (1024, 1024, "64", (1024, 1024, 1024 - 292)),
+        (1024, 1024, "1024", (1024, 1024, 2048)),
+    ],
+)
+def test_descriptors_are_as_many_as_may_be_and_connections_follow(soft, hard, threads, wanted):
+    found = subprocess.run(
+        [sys.executable, "-c", LIMITS.format(soft=soft, hard=hard)],
+        env={**os.environ, "ROUTER_THREADS": threads, "ROUTER_BIND": "127.0.0.1:0"},
+        cwd=ROOT, capture_output=True, text=True, timeout=20,
+    )  # fmt: skip
+
+    assert tuple(map(int, found.stdout.split())) == wanted
 
 
 def test_a_start_frees_what_it_has_made_from_garbage_collections():
@@ -286,16 +448,14 @@ def test_a_start_frees_what_it_has_made_from_garbage_collections():
     assert seldom > thresholds
 
 
-def test_a_worker_that_leaves_gives_idle_connections_two_seconds(direct, conn, clock):
-    direct.enqueue_req(conn[0])
+def test_a_worker_that_leaves_gives_idle_connections_two_seconds(direct, pairs):
+    conn, client = pairs(direct, 60)
     direct.alive = False
 
     direct.murder_keepalived()
-    assert conn[0].sock.fileno() != -1
 
-    clock += worker.LINGER_S
-    direct.murder_keepalived()
-    assert conn[0].sock.fileno() == -1
+    assert not is_closed(client)
+    assert conn.timeout <= time.monotonic() + worker.LINGER_S
 
 
 def test_each_reading_of_the_settings_loads_the_worker_anew():
@@ -307,10 +467,12 @@ def test_each_reading_of_the_settings_loads_the_worker_anew():
 
 def test_a_body_of_known_length_is_read_in_full_however_it_comes(service, upstream):
     text = "é" * 100_000
-    sent = chat_bytes(messages=[user(text)])
+    body = json.dumps({"model": "router", "messages": [{"role": "user", "content": text}]}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+    head += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
     with connected(service) as sock:
-        for at in range(0, len(sent), 50_000):
-            sock.sendall(sent[at : at + 50_000])
+        for at in range(0, len(body), 50_000):
+            sock.sendall((head if at == 0 else b"") + body[at : at + 50_000])
 
         assert sock.recv(65536).startswith(b"HTTP/1.1 200")
         sock.sendall(HEALTH)  # nothing of the body is left on the connection
@@ -364,12 +526,16 @@ FOR_GUNICORN = {
 }
 
 
+BASE = worker.base_environ(Config())
+
+
 def parsers(data: bytes) -> tuple[Any, Any]:
     """(what reads a request from `data` as the worker does, the same as gunicorn does)."""
+    cfg = Config()
     found = []
     for make in (
-        lambda sock: worker.Parser(CFG, TConn(CFG, sock, *ADDRESSES), BASE),
-        lambda sock: RequestParser(CFG, sock, ADDRESSES[0]),
+        lambda sock: worker.Parser(cfg, TConn(cfg, sock, *ADDRESSES), BASE),
+        lambda sock: RequestParser(cfg, sock, ("127.0.0.1", 1)),
     ):
         here, there = socket.socketpair()
         there.sendall(data)
@@ -383,12 +549,13 @@ def read_as_gunicorn(data: bytes) -> None:
     ours, theirs = parsers(data)
     with contextlib.closing(ours.unreader.sock), contextlib.closing(theirs.unreader.sock):
         try:
+            assert ours.has_head()
             request = next(ours)
         except (ParseException, OSError, StopIteration):  # gunicorn refused it
             return
         if isinstance(request, worker.Ordinary):
             same = next(theirs)
-            _, environ = wsgi.create(same, theirs.unreader.sock, *ADDRESSES, CFG)
+            _, environ = wsgi.create(same, theirs.unreader.sock, *ADDRESSES, Config())
             said = {key: value for key, value in request.environ.items() if key.isupper()}
             assert said == {key: value for key, value in environ.items() if key.isupper()}
             assert request.body.read() == same.body.read()
@@ -399,6 +566,7 @@ def read_as_gunicorn(data: bytes) -> None:
 @pytest.mark.parametrize("head", ORDINARY)
 def test_an_ordinary_head_is_read_as_gunicorn_reads_it(head):
     ours, theirs = parsers(head + b'{"a": "bcd"}')
+    assert ours.has_head()
     assert isinstance(next(ours), worker.Ordinary)
     [parser.unreader.sock.close() for parser in (ours, theirs)]
 
@@ -441,7 +609,7 @@ def test_whatever_a_head_holds_it_is_read_as_gunicorn_reads_it(head, at, cut, pu
 
 def started(headers: list[tuple[str, str]]) -> worker.Response:
     response = worker.Response(worker.Ordinary(dict(REQUEST_METHOD="GET", PATH_INFO="/"), 0, False),
-                               None, CFG)  # fmt: skip
+                               None, Config())  # fmt: skip
     response.start_response("200 OK", headers)
     return response
 
@@ -464,15 +632,16 @@ def test_an_answer_without_a_length_comes_in_chunks():
     assert b"\r\nTransfer-Encoding: chunked\r\n" in started([]).head()
 
 
-@pytest.mark.parametrize(
-    ("wrong", "headers"),
-    [*[(InvalidHeaderName, [(name, "b")]) for name in ("X\r\nA", "", "X A", "X:", "É")],
-     *[(InvalidHeader, [("X-A", "b"), ("X-B", value)])
-       for value in ("a\r\nX: b", "a\0", "a\n", "€", "\x7f")]],
-)  # fmt: skip
-def test_no_broken_header_is_sent(wrong, headers):
-    with pytest.raises(wrong):
-        started(headers)
+@pytest.mark.parametrize("name", ["X\r\nA", "", "X A", "X:", "É"])
+def test_no_header_with_a_broken_name_is_sent(name):
+    with pytest.raises(InvalidHeaderName):
+        started([(name, "b")])
+
+
+@pytest.mark.parametrize("value", ["a\r\nX: b", "a\0", "a\n", "€", "\x7f"])
+def test_no_header_with_a_broken_value_is_sent(value):
+    with pytest.raises(InvalidHeader):
+        started([("X-A", "b"), ("X-B", value)])
 
 
 class Pieces:
@@ -489,25 +658,87 @@ class Pieces:
 
 
 def test_a_bug_behind_the_head_ends_the_connection_without_a_second_answer(direct):
+    here, there = socket.socketpair()
     request = worker.Ordinary(dict(REQUEST_METHOD="GET", PATH_INFO="/"), 0, False)
-    pieces = Pieces()
+    response, pieces = worker.Response(request, here, Config()), Pieces()
     direct.wsgi = lambda environ, start: start("200 OK", []) and pieces
 
-    with pair_of_sockets() as (here, there):
-        with pytest.raises(StopIteration):
-            direct.respond({}, worker.Response(request, here, CFG))
-        here.close()
-        sent = there.recv(65536)
+    with pytest.raises(StopIteration):
+        direct.respond({}, response)
 
+    here.close()
+    sent = there.recv(65536)
+    there.close()
     assert sent.count(b"HTTP/1.1") == 1
     assert sent.endswith(b"\r\n5\r\npiece\r\n")
     assert pieces.closed
 
 
+BUGS = """from router import create_app
+real = create_app()
+bugs = {"/0": ZeroDivisionError(), "/1": OSError(28, "full"), "/2": SystemExit(3)}
+def app(environ, start):
+    if environ["PATH_INFO"] in bugs:
+        raise bugs[environ["PATH_INFO"]]
+    return real(environ, start)
+"""
+
+
+def test_a_bug_that_leaves_the_application_is_a_500_and_its_thread_lives(tmp_path, upstream):
+    (tmp_path / "wsgi.py").write_text(BUGS)
+    more = {"GUNICORN_CMD_ARGS": f"--pythonpath {tmp_path}"}
+    service = Service(tmp_path, small_routes(upstream.url), ROUTER_THREADS="9", **more)
+    try:
+        found = [service.get(f"/{n % 2}") for n in range(20)]
+
+        assert {reply.status_code for reply in found} == {500}
+        assert {reply.json()["error"]["type"] for reply in found} == {"internal_error"}
+        assert [service.raw(b"GET /2 HTTP/1.1\r\nHost: a\r\n\r\n") for _ in range(10)] == [b""] * 10
+        assert service.get("/health").status_code == 200
+        assert "internal_error where=ZeroDivisionError@wsgi.py:" in service.log.read_text()
+    finally:
+        service.stop()
+
+
+def test_a_client_that_does_not_say_goodbye_holds_no_thread(direct, pairs):
+    conn, client = pairs(direct, 5)
+    direct.idle.clear()
+
+    direct.handle, direct.base = lambda conn: False, BASE
+    client.sendall(HEALTH)
+    direct.serve_one(conn)
+    assert client.recv(1) == b""
+    assert list(direct.idle.values()) == [conn]
+    assert conn.timeout <= time.monotonic() + worker.GOODBYE_S
+
+    client.sendall(HEALTH * 1000)  # nobody reads this
+    direct.idle.clear()
+    direct.serve_one(conn)
+    assert direct.open == {conn}
+
+    client.close()
+    direct.idle.clear()
+    direct.serve_one(conn)
+    assert direct.open == set()
+
+
+def test_a_client_that_takes_nothing_of_an_answer_is_left(direct, pairs, monkeypatch):
+    monkeypatch.setattr(worker, "SEND_TIMEOUT", struct.pack("ll", 0, 50_000))
+    conn, _ = pairs(direct, 5)
+    request = worker.Ordinary(dict(REQUEST_METHOD="GET", PATH_INFO="/"), 0, False)
+    response = worker.Response(request, conn.sock, direct.cfg)
+
+    with pytest.raises(ConnectionResetError):
+        response.send(b"x" * 10_000_000)
+
+    assert response.client_left
+
+
 def test_behind_a_broken_chunk_nothing_is_read_on_the_connection(service):
-    head = head_of("POST", "/chat/completions", "Content-Type: application/json",
-                   "Transfer-Encoding: chunked")  # fmt: skip
-    with connected(service, head + b"ZZ\r\n") as sock:
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+    head += b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with connected(service) as sock:
+        sock.sendall(head + b"ZZ\r\n")
         assert sock.recv(65536).startswith(b"HTTP/1.1 4")  # 499 with the oldest gunicorn
 
         with contextlib.suppress(OSError):
@@ -517,7 +748,7 @@ def test_behind_a_broken_chunk_nothing_is_read_on_the_connection(service):
 
 
 def test_a_worker_whose_master_died_leaves_as_if_it_was_told_to(direct):
-    direct.ppid = -1
+    direct.ppid, direct.log = -1, worker.Silence()
 
     assert not direct.is_parent_alive()
     assert not direct.alive
