@@ -1297,7 +1297,7 @@ def serve_chat(app: App, environ: dict[str, Any]) -> ChatResponse | flask.Respon
         return proxy(owner, request)
     except Exception as e:  # noqa: BLE001  a bug of ours becomes a 500 that says so
         with app.request_context(environ):
-            return add_headers(error_response(as_router_error(e)))
+            return add_headers(error_response(e))
 
 
 def proxy(owner: Router, request: flask.Request) -> ChatResponse:
@@ -1539,9 +1539,7 @@ def create_app(settings: Settings | None = None, *, session: requests.Session | 
     app.before_request(lambda: preflight(flask.request, settings))
     app.before_request(lambda: guard(flask.request, settings))
     app.after_request(add_headers)
-    app.register_error_handler(
-        Exception, lambda e: error_response(as_router_error(e, flask.request.path))
-    )
+    app.register_error_handler(Exception, error_response)
     log.info("start", {"version": VERSION, "routes": str(settings.routes), "demo": settings.demo})
     if owner.store.table.mode != "keywords":
         threading.Thread(target=warm_up, args=(owner,), name="warm-up", daemon=True).start()
@@ -1567,23 +1565,20 @@ def add_headers(response: flask.Response) -> flask.Response:
     return response
 
 
-def error_response(e: RouterError) -> flask.Response:
-    """The envelope; ends the call that the error ended."""
+def error_response(raised: Exception) -> flask.Response:
+    """The envelope for whatever was raised; ends the call that it ended."""
+    path, e = flask.request.path, as_router_error(raised, flask.request.path)
     call: Call | None = flask.request.environ.get(CALL)
-    if call is None and flask.request.method == "POST" and flask.request.path in CHAT_PATHS:
+    if call is None and flask.request.method == "POST" and path in CHAT_PATHS:
         call = router().begin(None)  # refused at the door: counted, logged and named like others
     elif call is None and e.error["type"] in ("not_found", "method_not_allowed"):
         call = router().begin(None)  # the trace of a client with another base URL
-        call.reason = f"{flask.request.method} {known_part(flask.request.path)}"
+        call.reason = f"{flask.request.method} {known_part(path)}"
     if call:  # first of all: nothing below may keep its permit
         call.status = e.status
         call.outcome = "client_left" if e.status == 499 else "failed"
         router().finish(call)
-    place = {
-        "time": now_text(),
-        "request_id": call.id if call else None,
-        "path": flask.request.path,
-    }
+    place = {"time": now_text(), "request_id": call.id if call else None, "path": path}
     for finding in (e.detail or ()) if e.status == 422 else ():
         router().rejections.info(json.dumps({**place, **finding}))
     response = flask.jsonify(e.body())

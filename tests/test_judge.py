@@ -97,7 +97,7 @@ OPENAI = {
                   "unknown_model"),
     "rate": (429, said("Rate limit reached for gpt-4o in organization org-1 on tokens per min",
                        code="rate_limit_exceeded"), "rate_limited"),
-    "quota": (429, said("You exceeded your current quota", code="insufficient_quota"), "payment"),
+    "quota": (402, said("You exceeded your current quota", code="insufficient_quota"), "payment"),
     "server": (500, said("The server had an error while processing your request."),
                "server_error"),
     "overloaded": (503, said("The engine is currently overloaded"), "server_error"),
