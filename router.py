@@ -2,26 +2,22 @@
 
 The path of a request, which is also the order of this file, top to bottom:
 
-    routes -> read_chat (limits, JSON, check) -> Store.table (taken once, immutable)
+    serve_chat -> guard -> read_chat (limits, JSON, check) -> the table, taken once, immutable
            -> Chooser.choose (category, mode, reason) -> the category's fallback chain
-           -> for each model: Breakers.admit -> Upstreams.open -> judge
-           -> Relay (whole or stream) -> exactly one Metrics.record
+           -> walk: for each model Breakers.admit -> Upstreams.open -> check_head -> Relay
+           -> ChatResponse (whole or stream) -> finish: exactly one Metrics.record
 
 Who owns which state, each object with one private lock:
 
-    Store        the routing table read from routes.json; swapped whole    (routes_file.py)
+    Store        the routing table read from routes.json; swapped whole    (livefile.py)
     Breakers     one circuit per model
     Classifier   the cache of recent answers of the Ollama model
-    Flights      what is in the air: permits, sockets, deadlines           (wire.py)
+    Flights      what is in the air: permits, sockets, deadlines           (flights.py)
     Carrier      the streams that one thread passes on                     (carrier.py)
     Metrics      counters and the ring of recent requests                  (metrics.py)
 
-The files beside this one each do one thing and hold no other's state: chat.py reads a
-request's JSON, prompts.py finds the words a person said, judge.py is the table of what counts as a
-failure, doors.py says who may come in, startup.py holds the settings and the command line,
-carrier.py passes streams on, events.py takes them apart, worker.py gives gunicorn's threads their
-requests, cluster.py lets several instances share circuits and routes, and is loaded only for that.
-Importing this module starts nothing: `create_app` builds the objects.
+What this file stands on is in parts/, floor by floor (tests/test_floors.py); nothing there imports
+it. Importing this module starts nothing: `create_app` builds the objects.
 """
 
 from __future__ import annotations
@@ -845,11 +841,11 @@ class Upstreams:
         self._refuses_usage.add(upstream)
         return is_new
 
-    def takes_key(self, upstream: Upstream, now: float) -> bool:
-        """False while it lately refused our key. Not for ever: who routes by /health/ready would
+    def answers(self, upstream: Upstream, now: float) -> bool:
+        """False without a key, and while it lately refused ours. Not for ever: who routes by /health/ready would
         never find out that it takes it again."""
         _, at = self._refused.get(upstream.name, ("", -math.inf))
-        return now - at > REFUSED_S
+        return self.has_key(upstream) and now - at > REFUSED_S
 
     def classify(self, url: str, body: bytes, flight: Flight, timeout_s: float) -> bytes:
         """Ollama's answer as bytes, for the classifier; ClassifierError after `timeout_s`."""
@@ -950,17 +946,16 @@ class Router:
         self._tidied: Table | None = None
         self.cluster: Any = cluster  # None: no other instance shares circuits and file
 
-    @property
-    def table(self) -> Table:
+    def current_table(self) -> Table:
         """The table in force; circuits of models that are in no chain any more are forgotten."""
-        table = self.store.table
+        table = self.store.current()
         if table is not self._tidied and self.breakers.keep_only(table.chain_ids):
             self._tidied = table
         return table
 
     def begin(self, client: socket.socket | None) -> Call:
         """A call that has yet to get its permit (`Flights.acquire`); `finish` must end it."""
-        table, now = self.table, self.clock()
+        table, now = self.current_table(), self.clock()
         flight = Flight(client, self.clock, (now + UPLOAD_S, "client_left"))
         return Call(secrets.token_hex(8), flight=flight, table=table, started=now)
 
@@ -1372,17 +1367,19 @@ def explain(owner: Router, call: Call, chat: Chat) -> dict[str, Any]:
 @routes.get("/models")
 def models() -> dict[str, Any]:
     """OpenAI's list of what `model` may be."""
-    return {"object": "list", "data": [model_entry(id_) for id_ in router().table.names()]}
+    return {
+        "object": "list",
+        "data": [model_entry(id_) for id_ in router().current_table().names()],
+    }
 
 
 @routes.get("/v1/models/<path:name>")
 @routes.get("/models/<path:name>")
 def model(name: str) -> dict[str, Any]:
     """One entry of that list."""
-    if name not in router().table.names():
-        raise RouterError(
-            404, "model_not_found", "no such model: GET /v1/models lists them", param="model"
-        )
+    if name not in router().current_table().names():
+        text = "no such model: GET /v1/models lists them"
+        raise RouterError(404, "model_not_found", text, param="model")
     return model_entry(name)
 
 
@@ -1395,7 +1392,7 @@ def model_entry(id_: str) -> dict[str, Any]:
 @routes.get("/health")
 def health() -> dict[str, Any]:
     """The reference's keys, then what an operator asks next; nobody is called."""
-    store, table = router().store, router().table
+    store, table = router().store, router().current_table()
     bad = {"status": "stale", "error": store.error, "since": store.error_since}
     return {
         "status": "degraded" if store.error else "healthy",
@@ -1414,13 +1411,8 @@ def health() -> dict[str, Any]:
 @routes.get("/health/ready")
 def ready() -> tuple[dict[str, Any], int]:
     """200 when some model has its key and a circuit that is not open, 503 otherwise."""
-    chains = (model for category in router().table.categories.values() for model in category.models)
-    upstreams, now = router().upstreams, router().clock()
-    able = (
-        m.id
-        for m in chains
-        if upstreams.has_key(m.upstream) and upstreams.takes_key(m.upstream, now)
-    )
+    table, upstreams, now = router().current_table(), router().upstreams, router().clock()
+    able = (id_ for id_ in table.chain_ids if upstreams.answers(table.models[id_].upstream, now))
     is_ready = any(router().breakers.would_admit(id_) for id_ in able)
     return {"status": "ready" if is_ready else "not_ready"}, 200 if is_ready else 503
 
@@ -1428,7 +1420,7 @@ def ready() -> tuple[dict[str, Any], int]:
 @routes.get("/metrics")
 def metrics() -> dict[str, Any] | flask.Response:
     """The reference's figures and ours, or the same as Prometheus text for who asks for that."""
-    table, circuits = router().table, router().breakers.snapshot()
+    table, circuits = router().current_table(), router().breakers.snapshot()
     accept = flask.request.headers.get("Accept", "")
     wanted = flask.request.args.get("format") == "prometheus"
     scraper = "openmetrics-text" in accept or "text/plain" in accept
@@ -1449,7 +1441,7 @@ def metrics() -> dict[str, Any] | flask.Response:
 @routes.get("/config")
 def config() -> flask.Response:
     """The table in force, without keys; its ETag is for If-Match."""
-    table = router().table
+    table = router().current_table()
     shown = table.as_json()
     for upstream in table.upstreams.values():
         shown["upstreams"][upstream.name]["configured"] = router().upstreams.has_key(upstream)
@@ -1486,8 +1478,8 @@ def changed(edit: Callable[[Table], str]) -> Table:
 @routes.post("/circuit-breaker/reset/<path:name>")
 def reset(name: str) -> dict[str, Any]:
     """Forget the strikes of one model, by full or short name."""
-    known = router().table.resolve(name) or name
-    if known not in router().table.models and known not in router().breakers.snapshot():
+    known = router().current_table().resolve(name) or name
+    if known not in router().current_table().models and known not in router().breakers.snapshot():
         raise RouterError(404, "model_not_found", "no such model: GET /v1/models lists them")
     router().breakers.reset([known])
     return {"status": "ok", "model": known}
@@ -1505,9 +1497,8 @@ def index() -> dict[str, Any] | flask.Response:
     """The page for a browser, pointers to the other routes for a program."""
     if "text/html" in flask.request.headers.get("Accept", ""):
         page, policy = flask.current_app.extensions["page"]
-        return flask.Response(
-            page, mimetype="text/html", headers={"Content-Security-Policy": policy}
-        )
+        headers = {"Content-Security-Policy": policy}
+        return flask.Response(page, mimetype="text/html", headers=headers)
     return {"service": "llm-router", "version": VERSION, "chat": "/v1/chat/completions",
             "models": "/v1/models", "dry_run": "/route", "health": "/health", "metrics": "/metrics",
             "config": "/config"}  # fmt: skip
@@ -1541,7 +1532,7 @@ def create_app(settings: Settings | None = None, *, session: requests.Session | 
     app.after_request(add_headers)
     app.register_error_handler(Exception, error_response)
     log.info("start", {"version": VERSION, "routes": str(settings.routes), "demo": settings.demo})
-    if owner.store.table.mode != "keywords":
+    if owner.store.current().mode != "keywords":
         threading.Thread(target=warm_up, args=(owner,), name="warm-up", daemon=True).start()
     return app
 

@@ -203,8 +203,7 @@ class Breakers(Protocol):
 class Store(Protocol):
     """What the thread asks of livefile.Store, which says more."""
 
-    @property
-    def table(self) -> Any:
+    def current(self) -> Any:
         """The table in force, of which text, etag and chain_ids are read here."""
 
     def adopt(self, edit: Callable[[Any], str], spare: Callable[[str, str], None]) -> Any:
@@ -548,7 +547,7 @@ class Cluster:
             if version and not VERSION.fullmatch(version):
                 raise Odd("their version is none")
             if version == ours:
-                if self._store.table.etag != tag_of(ours):
+                if self._store.current().etag != tag_of(ours):
                     self._offer(ours)
                 self._behind = None
             elif version and number_of(version) >= number_of(ours):
@@ -654,7 +653,7 @@ class Cluster:
 
     def _hear_circuits(self, circuits: Mapping[str, Any], tidy: bool) -> None:
         """Take over what changed elsewhere; `tidy`: all but the table's models go, for all."""
-        models = sorted(self._store.table.chain_ids)
+        models = sorted(self._store.current().chain_ids)
         texts, others = self.link.circuits(models)
         if others and tidy:
             self.link.call("forget", [KEYS["circuits"]], *others)

@@ -123,8 +123,8 @@ def table_for_start(settings: Settings) -> Table:
         raise in_file(settings.routes, e) from e
     if store.error:
         say(f"router: {settings.routes} IS BROKEN, serving the last good one: {store.error}\n")
-    check_proxies(store.table)
-    return store.table
+    check_proxies(store.current())
+    return store.current()
 
 
 def in_file(path: Path, e: RoutesError) -> RoutesError:

@@ -1,12 +1,7 @@
 """A file that people and programs edit at once: reading, watching, changing it.
 
-`Store.table` is the last good table; a bad edit never takes it away. `Store.change` applies one
-change to the text on disk and touches no other byte of it.
-
-Programs take turns by a lock on the folder; people's editors know nothing of it. So the file is
-looked at once more right before the rename, when the new text is on the disk and the peers, if
-there are any, have agreed. What remains are about ten microseconds between that look and the
-rename, and an editor that goes on writing into the file it opened before.
+`Store.current` gives the last good table; a bad edit never takes that away. `Store.change` applies
+one change to the text on disk and touches no other byte of it.
 """
 
 from __future__ import annotations
@@ -50,7 +45,7 @@ YOUNG_S = 2.0  # a file this young may change again within one tick of its times
 
 
 class Store(Generic[T]):
-    """The routes file and the table read from it. `table` is always the last good one."""
+    """The routes file and the table read from it. `current` gives the last good one."""
 
     def __init__(
         self,
@@ -77,8 +72,7 @@ class Store(Generic[T]):
         """The file itself, behind any symlinks."""
         return Path(os.path.realpath(self._given))
 
-    @property
-    def table(self) -> T:
+    def current(self) -> T:
         """The table in force; looks at the file at most every half second."""
         if self._clock() >= self._next_look and self._lock.acquire(blocking=False):
             try:
@@ -157,7 +151,7 @@ class Store(Generic[T]):
 
     def settled_text(self) -> str | None:
         """The text in force, under the lock; None while the file holds an edit yet to be seen."""
-        text = self.table.text
+        text = self.current().text
         return text if self.error or holds(self.path, text) else None
 
     def keep_beside(self, ending: str, text: str) -> Path:
@@ -234,6 +228,8 @@ def read_file(path: Path) -> str:
         if max(found.st_size, len(data)) > SMALL:
             raise RoutesError(f"over {SMALL >> 20} MB, which no routes file needs")
         return decode(data)
+    except IsADirectoryError as e:
+        raise Unreadable("cannot be read: not a regular file") from e
     except OSError as e:
         raise Unreadable(f"cannot be read: {e.strerror}") from e
     except UnicodeDecodeError as e:

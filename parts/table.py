@@ -1,8 +1,8 @@
-"""routes.json: reading, checking, watching and changing the one file that is the whole truth.
+"""routes.json, checked and immutable: the routing table, and the one text it is made of.
 
-`Store.table` is the last good table; a bad edit never takes it away. `Store.change` applies one
-change to the text on disk and touches no other byte of it. Nothing here knows Flask or HTTP: a
-refusal is a `Refused` with the status and kind that the API shall answer with.
+`load_table` makes it, `Table.with_category` and `without_category` make the text of another one.
+Nothing here knows Flask or HTTP: a refusal is a `Refused` with the status and kind that the API
+shall answer with.
 """
 
 from __future__ import annotations

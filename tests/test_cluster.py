@@ -111,11 +111,11 @@ class Member:
         self.store.change(lambda table: table.with_category(name, given, must_exist=False))
 
     def has(self, name: str) -> bool:
-        return name in self.store.table.categories
+        return name in self.store.current().categories
 
     def edit(self, name: str) -> None:
         """As a person would: without asking anybody."""
-        text = self.store.table.with_category(name, {"models": ["acme/one"]}, must_exist=False)
+        text = self.store.current().with_category(name, {"models": ["acme/one"]}, must_exist=False)
         self.file.write_text(text)
         self.store._next_look = 0.0
 
@@ -293,8 +293,8 @@ def test_two_workers_on_one_file_make_no_hand_edit_of_each_others_changes(pair, 
 
 def test_a_crash_between_the_clusters_word_and_the_file_leaves_the_new_version(pair, member):
     a, b = pair
-    text = a.store.table.with_category("poem", {"models": ["acme/one"]}, must_exist=False)
-    a.cluster.agree(a.store.table.text, text)
+    text = a.store.current().with_category("poem", {"models": ["acme/one"]}, must_exist=False)
+    a.cluster.agree(a.store.current().text, text)
 
     a = member("a")
     b.share()

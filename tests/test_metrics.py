@@ -22,7 +22,7 @@ PRICED = Model("acme/one", UP, cost={"input": 1.0, "output": 2.0, "cached_input"
 
 @pytest.fixture
 def table(client):
-    return client.router.table
+    return client.router.current_table()
 
 
 # --- cost --------------------------------------------------------------------------------------

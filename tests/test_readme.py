@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, Service
 
 import router as module
+from parts.settings import NAMES
 from parts.table import load_table
 
 README = ROOT / "README.md"
@@ -70,8 +71,7 @@ def test_each_route_is_named(demo):
 
 
 def test_each_setting_is_named():
-    source = "".join(path.read_text() for path in ROOT.glob("*.py"))
-    names = set(re.findall(r'"(ROUTER_[A-Z_]+)"', source))
+    names = {name for name in NAMES if not name.endswith("_FILE")}
 
     assert len(names) >= len(dataclasses.fields(module.Settings)) - 2
     assert {name for name in names if f"`{name}`" not in TEXT} == set()
@@ -84,7 +84,7 @@ def test_each_make_target_is_named():
 
 
 def test_each_error_status_and_outcome_header_is_named():
-    source = (ROOT / "router.py").read_text() + (ROOT / "parts/access.py").read_text()
+    source = "".join(path.read_text() for path in [ROOT / "router.py", *ROOT.glob("parts/*.py")])
     statuses = set(re.findall(r"RouterError\(\s*(\d{3})", source))
     headers = set(re.findall(r'"(X-Router-[\w-]+)"', (ROOT / "router.py").read_text()))
 

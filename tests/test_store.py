@@ -86,7 +86,7 @@ def open_folder() -> Iterator[Path]:
 def words(store: Store, name: str = "conversation") -> tuple[str, ...]:
     """The keywords in force, a second of the clock later."""
     store._clock += 1  # type: ignore[operator]  # the fixture's clock
-    return store.table.categories[name].keywords
+    return store.current().categories[name].keywords
 
 
 def on_disk(path: Path) -> dict[str, Any]:
@@ -228,19 +228,19 @@ def test_a_swapped_symlink_of_a_whole_folder_is_followed(tmp_path, clock):
 
 
 def test_the_file_is_looked_at_no_more_than_twice_a_second(store, path, clock):
-    store.table  # noqa: B018  # the look that starts the half second
+    store.current()  # the look that starts the half second
     path.write_text(OTHER)
 
     clock += 0.4
-    early = store.table.categories["conversation"].keywords
+    early = store.current().categories["conversation"].keywords
     clock += 0.11
 
     assert early == ("hello",)
-    assert store.table.categories["conversation"].keywords == ("howdy",)
+    assert store.current().categories["conversation"].keywords == ("howdy",)
 
 
 def test_a_request_in_flight_keeps_its_table(store, path):
-    table = store.table
+    table = store.current()
 
     path.write_text(OTHER)
 
@@ -430,7 +430,9 @@ def test_a_symlink_swapped_to_a_bad_file_still_boots_with_the_last_good_one(tmp_
     link.unlink()
     link.symlink_to("v2/routes.json")
 
-    assert Store(link, load_table, clock).table.categories["conversation"].keywords == ("hello",)
+    assert Store(link, load_table, clock).current().categories["conversation"].keywords == (
+        "hello",
+    )
 
 
 # --- writing ----
@@ -440,18 +442,18 @@ def test_a_write_is_in_the_file_and_in_force_at_once(store, path):
     table = set_words(store, "haiku", "autumn")
 
     assert on_disk(path)["haiku"] == {"models": ["acme/one"], "keywords": ["autumn"]}
-    assert store.table.categories["haiku"].keywords == ("autumn",)
-    assert store.table is table
+    assert store.current().categories["haiku"].keywords == ("autumn",)
+    assert store.current() is table
 
 
 def test_a_write_keeps_a_hand_edit_that_was_not_seen_yet(store, path):
-    store.table  # noqa: B018  # the look that starts the half second
+    store.current()  # the look that starts the half second
     path.write_text(OTHER)
 
     set_words(store, "haiku", "autumn")
 
     assert on_disk(path)["conversation"]["keywords"] == ["howdy"]
-    assert store.table.categories["conversation"].keywords == ("howdy",)
+    assert store.current().categories["conversation"].keywords == ("howdy",)
 
 
 def test_a_write_touches_no_other_byte(store, path):
@@ -547,7 +549,7 @@ def test_a_write_while_the_file_is_gone_is_a_409_and_makes_none(store, path):
 
 
 def test_a_stale_version_is_a_412_and_changes_no_byte(store, path):
-    etag = store.table.etag
+    etag = store.current().etag
     path.write_text(OTHER)
 
     assert refusal(store, if_match=f'"{etag}"') == (412, "stale_version")
@@ -556,7 +558,7 @@ def test_a_stale_version_is_a_412_and_changes_no_byte(store, path):
 
 @pytest.mark.parametrize("form", ['"{}"', 'W/"{}"', "{}", "*", '"0123", "{}"'])
 def test_the_version_in_force_lets_a_write_through(store, path, form):
-    set_words(store, "haiku", "autumn", if_match=form.format(store.table.etag))
+    set_words(store, "haiku", "autumn", if_match=form.format(store.current().etag))
 
     assert "haiku" in on_disk(path)
 
@@ -805,7 +807,7 @@ def test_eight_writers_and_twenty_hand_edits_lose_nothing_and_no_reader_sees_a_b
         done.set()
         reader.result(10)
 
-    table = Store(path, load_table).table
+    table = Store(path, load_table).current()
     wanted = {f"w{who}-{n}" for who in range(8) for n in range(12)}
     assert results == [None] * 9
     assert wanted - set(table.categories["code"].keywords) == set()
@@ -865,7 +867,7 @@ class Story:
 
     def look(self) -> None:
         self.clock += 1
-        found = {name: list(c.keywords) for name, c in self.store.table.categories.items()}
+        found = {name: list(c.keywords) for name, c in self.store.current().categories.items()}
         assert bool(self.store.error) == self.is_bad
         if not self.is_bad:
             assert on_disk(self.path) == self.wanted
