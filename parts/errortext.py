@@ -47,6 +47,7 @@ def read_error(body: Any) -> Said:
 
 # --- envelopes -----------------------------------------------------------------------------------
 
+FRAMES = ("data:", "event:", "error:", "id:", ":")
 _FRAMED = re.compile(r"^(?:data|error):[ \t]?(.*)$", re.M)  # llama.cpp has a field of that name
 _TAG = re.compile(r"<[!?/a-z]", re.I)
 _TAGGED = re.compile(
@@ -82,10 +83,10 @@ def _as_text(data: bytes) -> str:
 def _open(text: str) -> Any:
     """The JSON value in `text`; what a page or XML says in its title or message; else `text`."""
     text = text.strip("\ufeff \t\r\n")
-    if text.startswith(("data:", "event:", "error:", "id:", ":")):
-        lines = [line for line in _FRAMED.findall(text)[:50] if not line.startswith("[DONE]")]
+    if text.startswith(FRAMES) and (lines := _FRAMED.findall(text)[:50]):
         whole = _json_at("\n".join(lines), 0)
-        return [_open(line) for line in lines] if whole is None else whole
+        told = [line for line in lines if not line.startswith((*FRAMES, "[DONE]"))]
+        return [_open(line) for line in told] if whole is None else whole
     if _TAG.match(text):
         tags = _TAGGED.findall(text[: 4 * MOST_TEXT])[:8]
         return [{tag.lower().replace("h1", "title"): html.unescape(said)} for tag, said in tags]

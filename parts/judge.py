@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Mapping
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 from parts.errors import ClassifierError, Failure, scrub
@@ -71,6 +72,16 @@ STATUSES: dict[str, tuple[int, ...]] = {
 # --- words ---------------------------------------------------------------------------------------
 
 
+GAP, DIVIDED = r"[^\n]{0,50}?(?<![a-z0-9])", r"[^a-z0-9\n]{0,3}"
+KEY = (
+    "(x )?(api secret|api|secret|access|subscription|auth|authentication|bearer|security|session)"
+    " (key|token)"
+)
+PROMPT = "(prompt|inputs?|request|messages?|conversation|history|payload|entity)"
+MODEL = r"models?:? ?(?!output|response|param|input)([`'\"][^`'\"\n]{1,100}[`'\"]|[\w./:@-]+)"
+
+
+@cache  # at the first error: most processes never meet one, and 50 ms are much of a start
 def phrases(lines: str) -> re.Pattern[str]:
     """A pattern for lower-case text that fits when one of `lines` does: a regular expression each.
 
@@ -86,47 +97,37 @@ def phrases(lines: str) -> re.Pattern[str]:
     return re.compile("|".join(found), re.M)
 
 
-GAP, DIVIDED = r"[^\n]{0,50}?(?<![a-z0-9])", r"(?:[^\w\n]|_){0,3}"
-
-
-KEY = (
-    "(x )?(api secret|api|secret|access|subscription|auth|authentication|bearer|security|session)"
-    " (key|token)"
-)
-
-
-PROMPT = "(prompt|inputs?|request|messages?|conversation|history|payload|entity)"
-MODEL = r"models?:? ?(?!output|response|param|input)([`'\"][^`'\"\n]{1,100}[`'\"]|[\w./:@-]+)"
-
-
 class Words(NamedTuple):
-    """What an error says when it means `outcome`; `only` and `never` are statuses, () is any."""
+    """What an error says (see `phrases`) when it means `outcome`, `unless` it says this, too.
+
+    `only` and `never` are statuses; () is any.
+    """
 
     outcome: str
-    pattern: re.Pattern[str]
+    says: str
     only: tuple[int, ...] = ()
     never: tuple[int, ...] = ()
-    unless: re.Pattern[str] | None = None
+    unless: str = "(?!)"
 
 
 # The first row that fits counts. Each was met at a provider; tests/test_judge.py says at whose.
 SAYS = (
-    Words("client_error", phrases(r"""
+    Words("client_error", r"""
         unsupported country
         violation of provider terms
         (country|countries|region|territory|user location) ... (not|un) ?(supported|available)
         not (yet )?(available|supported|allowed) ... (your|this|the) (country|region|location)
         un(available|supported) ... (your|this|the) (country|region|location)
-    """)),
-    Words("context_length", phrases(r"""
+    """),
+    Words("context_length", r"""
         context length exceeded
         context window exceeded
         context overflow
         exceed context size
         prompt tokens exceeded
         long context requests
-    """)),
-    Words("payment", phrases(r"""
+    """),
+    Words("payment", r"""
         insufficient (user|account|api|usd|token)? ?(quota|balance|credit|fund)
         insufficient \w+ (or \w+ )?balance
         not enough (balance|credit|fund|quota|money)
@@ -164,17 +165,17 @@ SAYS = (
         membership benefits
         (status|code|http) 402\b
         余额不足|余额已|欠费|额度不足|额度已|剩余额度|预扣费|充值|资源包|套餐已到期|套餐暂未开放
-    """)),
-    Words("payment", phrases(r"""
+    """),
+    Words("payment", r"""
         exceeded (your )?current (token )?quota
         check your (plan|account|billing) ... (billing|balance)
-    """), unless=phrases(r"""
+    """, unless=r"""
         resource ?(has been )?exhausted
         retry in \d
         per (day|minute)
         generate ?content
-    """)),  # Google's limits per minute and per day say the same as OpenAI's empty account
-    Words("unauthorized", phrases(r"""
+    """),  # Google's limits per minute and per day say the same as OpenAI's empty account
+    Words("unauthorized", r"""
         (invalid|incorrect|wrong|missing|expired|unknown|bad|disabled|revoked|no)[\x20_-]?KEY\b
         KEY ... (invalid|not valid|incorrect|wrong|missing|expired|revoked|blocked|leaked|required)
         KEY ... (disabled|deleted|deactivated|suspended|not (found|set|provided|authori[sz]ed))
@@ -211,8 +212,8 @@ SAYS = (
         (密钥|api key|token).{0,6}(无效|错误|不正确|过期|不存在|验证失败)
         身份验证失败|无法进行身份验证|认证失败|鉴权失败
         账[户号](已被|不存在|当前处于非活)
-    """.replace("KEY", KEY))),
-    Words("rate_limited", phrases(r"""
+    """.replace("KEY", KEY)),
+    Words("rate_limited", r"""
         rate limit
         too many (concurrent )?requests
         request rate
@@ -239,8 +240,8 @@ SAYS = (
         请求(过于|太|频率|过多|数过|次数)
         频率(过高|限制|超)
         限流|限速|流量限制|并发数|访问量过大|次数限额|使用上限
-    """)),
-    Words("context_length", phrases(r"""
+    """),
+    Words("context_length", r"""
         max(imum)?\x20context\b
         max(imum)?\x20(prompt|input|sequence|model)[\x20-](length|size|limit|tokens?|window)
         (exceed\w*|longer|larger|greater|more than|fit) ... context (length|window|size|limit)
@@ -272,14 +273,14 @@ SAYS = (
         tokens? ?(数量?)?超过
         超(出|过).{0,12}(上下文|最大长度|长度限制)
         请压缩上下文
-    """.replace("PROMPT", PROMPT)),
-        unless=phrases(r"""
+    """.replace("PROMPT", PROMPT),
+        unless=r"""
         ^(?![^\n]*(input|prompt|messages|maximum context))[^\n]*max_(\w{1,20}_)?tokens
         ^(?![^\n]*(input|prompt|messages|maximum context))[^\n]*output tokens
-    """)),  # too many tokens are wanted of the answer: the prompt may be short
-    Words("context_length", phrases("too many (input |prompt |context )?tokens"), never=(429,)),
+    """),  # too many tokens are wanted of the answer: the prompt may be short
+    Words("context_length", "too many (input |prompt |context )?tokens", never=(429,)),
     # "does not support tools" and "no endpoints found that support ..." blame the request.
-    Words("unknown_model", phrases(r"""
+    Words("unknown_model", r"""
         model not (found|exist|available|supported|open|allowed)\b
         MODEL,? (was |is |has )?not (been |currently |yet )?(found|exist|valid|available)
         MODEL,? (was |is |has )?not (been |currently |yet )?(deployed|served|loaded)
@@ -311,8 +312,8 @@ SAYS = (
         could not find (real modelid|suitable inference)
         模型.{0,60}(不存在|无可用|已下线|未开通)
         无可用渠道|无权访问.{0,4}模型|不支持的?模型|不存在的模型|未知模型
-    """.replace("MODEL", MODEL)), never=(429,)),
-    Words("content_filter", phrases(r"""
+    """.replace("MODEL", MODEL), never=(429,)),
+    Words("content_filter", r"""
         content filter
         content policy
         responsible ai policy
@@ -324,8 +325,8 @@ SAYS = (
         considered high risk
         as a result of (our|the) safety system
         敏感内容|敏感词|敏感信息|违规内容|审核不通过|涉嫌违规
-    """), never=(401, 402, 404, 429)),  # it ends the walk: beyond doubt, in most statuses
-    Words("content_filter", phrases(r"""
+    """, never=(401, 402, 404, 429)),  # it ends the walk: beyond doubt, in most statuses
+    Words("content_filter", r"""
         content (management|moderation)
         moderation
         flagged(?! as deprecated)
@@ -336,8 +337,8 @@ SAYS = (
         (content|prompt|input|output) ... (blocked|rejected) ... (polic|filter|safety)
         violat\w* ... (polic|guideline|terms)
         内容安全|不合规
-    """), only=(400, 403)),
-    Words("server_error", phrases(r"""
+    """, only=(400, 403)),
+    Words("server_error", r"""
         overloaded
         (at (full |max |maximum )?|no )capacity
         (high|heavy) (demand|load|traffic)
@@ -354,8 +355,8 @@ SAYS = (
         ^server_error$
         deadline exceeded
         过载|负载过高|繁忙|内部错误|服务器错误|服务暂时不可用
-    """), only=(400, 403, 404, 409, 422, 424)),
-    Words("unauthorized", phrases(r"""
+    """, only=(400, 403, 404, 409, 422, 424)),
+    Words("unauthorized", r"""
         api key
         credential
         authenticat
@@ -364,7 +365,7 @@ SAYS = (
         user not found
         (invalid|your) token
         token (is|was|has)\b
-    """), only=(403,)),
+    """, only=(403,)),
 )  # fmt: skip
 OUTRANKING = (401, 402, 413, 429)  # a number in an error that says more than the status around it
 
@@ -381,12 +382,13 @@ def judge(status: int, text: str) -> str:
     return BY_STATUS.get(status, other)
 
 
+@lru_cache(maxsize=64)  # who is down says the same each time
 def _by_words(status: int, text: str) -> str:
     text = text.lower()
     for words in SAYS if text else ():
         if (words.only and status not in words.only) or status in words.never:
             continue
-        if words.pattern.search(text) and not (words.unless and words.unless.search(text)):
+        if phrases(words.says).search(text) and not phrases(words.unless).search(text):
             return words.outcome
     return ""
 
@@ -402,12 +404,12 @@ def failure_from(status: int, body: Any, headers: Mapping[str, str] | None = Non
     """
     said = read_error(body)
     if status < 300:
-        plain = _by_words(400, said.text)
-        outcome = judge(said.status, said.text) if said.status else plain or "server_error"
-        status = said.status or 500
+        outcome = judge(said.status, said.text) if said.status else _by_words(400, said.text)
+        outcome, status = outcome or "server_error", said.status or 500
+    elif status >= 400 and said.status in OUTRANKING:
+        outcome = _by_words(status, said.text) or judge(said.status, "")
     else:
-        outcome = _by_words(status, said.text) if status >= 400 else ""
-        outcome = outcome or judge(said.status if said.status in OUTRANKING else status, "")
+        outcome = judge(status, said.text)
     known = STATUSES.get(outcome, (status,))
     if status not in known and not (outcome == "server_error" and status >= 500):
         status = known[0]
