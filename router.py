@@ -842,8 +842,10 @@ class Upstreams:
         return is_new
 
     def answers(self, upstream: Upstream, now: float) -> bool:
-        """False without a key, and while it lately refused ours. Not for ever: who routes by /health/ready would
-        never find out that it takes it again."""
+        """False without a key, and while it lately refused ours.
+
+        Not for ever: who routes by /health/ready would never find out that it takes it again.
+        """
         _, at = self._refused.get(upstream.name, ("", -math.inf))
         return self.has_key(upstream) and now - at > REFUSED_S
 

@@ -485,3 +485,19 @@ def test_without_the_setting_no_answer_has_headers_for_other_origins(client):
     answer = client.chat()
 
     assert [name for name, _ in answer.headers if name.startswith("Access-Control")] == []
+
+
+# --- our own keys ----
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [({}, "no key was sent; send the value of ROUTER_API_KEY as a Bearer token"),
+     ({"Authorization": "Bearer wrong"}, "the key that was sent is not the value of ROUTER_API_KEY"),
+     ({"Authorization": "Basic a:b"}, "no key was sent; send the value")],
+)  # fmt: skip
+def test_a_missing_key_and_a_wrong_one_are_told_apart(apps, sent, said):
+    answer = apps.chat(headers=sent)
+
+    assert answer.status_code == 401
+    assert said in answer.json["error"]["message"]
