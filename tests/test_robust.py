@@ -16,7 +16,7 @@ from conftest import LocalClient, Service, settings_for, small_routes
 from upstream import answer_body, drop_at_once, error, pieces, plain, sse, stream, whole
 
 import router as module
-from parts.errors import RoutesError
+from parts.errors import Full, RoutesError
 from parts.exchange import retry_after_of
 from parts.judge import judge
 from parts.prompts import clean
@@ -62,12 +62,13 @@ def test_hostile_group_metadata_is_stripped_in_linear_time(text):
     assert long < 8 * short + 0.05
 
 
-def test_half_sent_admin_bodies_leave_threads_for_health(tmp_path, upstream):
+@pytest.mark.parametrize("paths", [(b"/route", b"/config/category"), (b"/config/model-mapping",)])
+def test_half_sent_admin_bodies_leave_threads_for_health(tmp_path, upstream, paths):
     service = Service(tmp_path, small_routes(upstream.url), ROUTER_THREADS="10")
     head = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     socks = []
     try:
-        for path in (b"/route", b"/config/category") * 6:
+        for path in paths * 12:
             sock = socket.create_connection(("127.0.0.1", service.port), timeout=5)
             sock.sendall(head % path + b"Content-Length: 100\r\n\r\n{")
             socks.append(sock)
@@ -76,6 +77,21 @@ def test_half_sent_admin_bodies_leave_threads_for_health(tmp_path, upstream):
     finally:
         [sock.close() for sock in socks]
         service.stop()
+
+
+def test_few_changes_are_uploaded_at_once_and_each_of_them_in_ten_seconds(clock):
+    flights = module.Flights(64, clock)
+    air = [module.Flight(None, clock) for _ in range(5)]
+    [flights.board(flight, counted=False) for flight in air[:4]]
+    with pytest.raises(Full, match="4 changes are being sent already"):
+        flights.board(air[4], counted=False)
+
+    clock += 10
+    flights.look()
+
+    assert [flight.why for flight in air] == ["client_left"] * 4 + [None]
+    flights.land(air[0])
+    flights.board(air[4], counted=False)
 
 
 @pytest.mark.parametrize("cost", ["1" + "0" * 400, "1e308", "-1", '"x"', "NaN"])
