@@ -24,7 +24,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import http.client
-import math
 import os
 import queue
 import re
@@ -34,7 +33,6 @@ import ssl
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -677,15 +675,3 @@ def what_failed(e: BaseException, where: str) -> str:
             return f"{where}: TLS failed: {reason}"
     number = next((c.errno for c in causes if isinstance(c, OSError) and c.errno), None)
     return f"{where}: {os.strerror(number).lower() if number else 'no answer in time'}"
-
-
-def retry_after_of(value: str | None) -> float | None:
-    """Seconds of a Retry-After header, a number or a date; None when absent or unreadable."""
-    try:
-        seconds = float(value or "nan")
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(value or "").timestamp() - time.time()
-        except (TypeError, ValueError, OverflowError):
-            return None
-    return None if math.isnan(seconds) else min(max(0.0, seconds), 1e10)

@@ -25,6 +25,8 @@ log = logging.getLogger("llm_router")
 TICK_S = 0.25  # how often the watcher looks at clients and deadlines
 NEVER = (math.inf, "")
 RESERVE = 8  # threads kept free of chats, so that /health and the admin routes always answer
+MOST_UNCOUNTED = RESERVE // 2  # of which bodies of admin routes may hold so many at once
+UNCOUNTED_S = 10.0  # and each so long
 _LEFT = getattr(select, "POLLRDHUP", 0)  # Linux; elsewhere a read of zero bytes tells
 
 
@@ -125,11 +127,16 @@ class Flights:
     def acquire(self, flight: Flight, *, counted: bool = True) -> None:
         """Watch `flight` and give it a permit, at once; Full when all are taken.
 
-        Not `counted`: it is watched, but takes no permit.
+        Not `counted`: it takes no permit, so that an operator gets in when all are taken; but only
+        some threads are kept for that, and its upload has less time.
         """
         with self._lock:
             if counted and len(self) >= self.limit:
                 raise Full(f"{self.limit} requests are in flight, all that ROUTER_THREADS allows")
+            if not counted and self._uncounted >= MOST_UNCOUNTED:
+                raise Full(f"{MOST_UNCOUNTED} changes are being sent already")
+            if not counted:
+                flight.due = min(flight.due, (self._clock() + UNCOUNTED_S, "client_left"))
             self._air.add(flight)
             self._uncounted += not counted
             flight.counted = counted

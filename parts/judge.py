@@ -477,6 +477,14 @@ def finish_kind(reason: str) -> str:
     return known or ("failed" if FAILED_NAME.search(name) else "unknown")
 
 
+def without_choices(body: Any) -> Failure:
+    """The failure that a whole answer in a 200 means that holds no choices."""
+    said = read_error(body)
+    if said.message or said.status:
+        return failure_from(200, body)
+    return Failure("not_an_answer", "no choices", 200)
+
+
 TELLS_ERROR = frozenset(("error", "error_type", "error_message"))  # beside choices, too
 
 

@@ -35,6 +35,7 @@ from parts.judge import (
     error_of,
     failure_from,
     finish_kind,
+    without_choices,
 )  # fmt: skip
 from parts.logs import where_it_broke
 from parts.metrics import usage_of
@@ -124,7 +125,7 @@ class Relay:
             raise failure_from(200, body) if body else Failure("not_an_answer", "no JSON", 200)
         self._note(body, "message")
         if not choices_of(body):
-            raise Failure("not_an_answer", "no choices", 200)
+            raise without_choices(body)
         self.held, self.done, self.ended = [data], True, True
         self._check_arguments()
         if not self.has_begun:

@@ -862,7 +862,9 @@ ODD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("changed", ODD, ids=lambda c: str(c)[:40])
+@pytest.mark.parametrize(
+    "changed", ODD, ids=lambda c: "-".join(c) if isinstance(c, dict) else str(c)[:40]
+)
 def test_a_circuit_that_cannot_be_meant_is_ignored_with_one_line(pair, server, caplog, changed):
     a, _ = pair
     for number in (7, 8):

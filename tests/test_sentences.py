@@ -493,7 +493,8 @@ def test_without_the_setting_no_answer_has_headers_for_other_origins(client):
 @pytest.mark.parametrize(
     ("sent", "said"),
     [({}, "no key was sent; send the value of ROUTER_API_KEY as a Bearer token"),
-     ({"Authorization": "Bearer wrong"}, "the key that was sent is not the value of ROUTER_API_KEY"),
+     ({"Authorization": "Bearer wrong"},
+      "the key that was sent is not the value of ROUTER_API_KEY"),
      ({"Authorization": "Basic a:b"}, "no key was sent; send the value")],
 )  # fmt: skip
 def test_a_missing_key_and_a_wrong_one_are_told_apart(apps, sent, said):
