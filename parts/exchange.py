@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import http.client
+import math
 import os
 import queue
 import re
@@ -253,7 +254,9 @@ def send_all(sock: socket.socket, pieces: Pieces) -> bool:
     False when the upstream answered before it had all: what is left is not sent (RFC 9112, 9.5).
     """
     total, waits = sum(map(len, pieces)), not isinstance(sock, ssl.SSLSocket)
-    sent = sock.sendmsg(pieces, (), socket.MSG_DONTWAIT) if waits else 0
+    sent = 0
+    with contextlib.suppress(BlockingIOError):
+        sent = sock.sendmsg(pieces, (), socket.MSG_DONTWAIT) if waits else 0
     if sent == total:
         return True
     rest = memoryview(b"".join(pieces))[sent:]
@@ -308,7 +311,7 @@ class _Noted:
         if used and is_sent:
             poll = select.poll()
             poll.register(sock, select.POLLIN)
-            if not poll.poll(body.silence_s * 1000):
+            if not poll.poll(min(body.silence_s, 1e6) * 1000):
                 raise Silent
         try:
             reply.begin()
@@ -405,6 +408,9 @@ class _NotedPool:
                 self._put_conn(conn)
                 if isinstance(e, Silent) and not flight.why:
                     flight.resent = True  # on a fresh one: the rest of the pool may be as dead
+                    at, kind = flight.due
+                    if not e.__cause__ and kind in ("first_token", "answer"):  # it said nothing
+                        flight.due = at + body.silence_s, kind
                     self._drop_idle()
                     continue
                 failure = as_failure(e, flight, self._where(conn), connected)
@@ -571,13 +577,13 @@ class Endpoint:
 
         HTTPAdapter.send costs half of Session.post, follows no redirect and knows no cookies. The
         watcher enforces the deadlines, since a read timeout counts from one packet to the next.
-        On a used connection twice the longest silence lately seen, and at most half of what is
-        left, may pass before a fresh one is tried.
+        On a used connection twice the longest silence lately seen may pass before a fresh one is
+        tried; where that is over half of what is left none is, for the upstream is just slow.
         """
         began = flight.clock()
-        patience_s = max(SILENCE_S, 2 * self._slowest_s)
-        half_s = max(0.0, flight.due[0] - began) / 2
-        outgoing: Any = Outgoing(body, flight, min(patience_s, half_s))
+        half_s, usual_s = max(0.0, flight.due[0] - began) / 2, 2 * self._slowest_s
+        silence_s = min(max(SILENCE_S, usual_s), half_s) if usual_s <= half_s else math.inf
+        outgoing: Any = Outgoing(body, flight, silence_s)
         request = requests.PreparedRequest()
         request.method, request.url, request.body = "POST", self.url, outgoing
         length = str(sum(map(len, body)))

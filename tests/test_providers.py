@@ -582,3 +582,12 @@ def test_sockets_to_upstreams_notice_a_peer_that_is_gone(client, upstream, monke
 
     assert seen
     assert all(seen)
+
+
+def test_an_upstream_that_is_just_slow_is_not_asked_twice(client, upstream):
+    upstream.scripts["acme/one"] = slow(0.55, GOOD)
+
+    for _ in range(2):
+        client.chat()
+
+    assert [request.model for request in upstream.requests] == ["acme/one", "acme/one"]
