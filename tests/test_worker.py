@@ -11,6 +11,8 @@ import resource
 import runpy
 import select
 import selectors
+import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -464,6 +466,52 @@ def test_each_reading_of_the_settings_loads_the_worker_anew():
 
     assert first["worker_class"] is not second["worker_class"]
     assert first["worker_class"].__name__ == "Direct"
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch) -> Path:
+    """A copy of what the service needs, which services are started from."""
+    folder = tmp_path / "checkout"
+    shutil.copytree(ROOT / "parts", folder / "parts", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("router.py", "wsgi.py", "gunicorn.conf.py"):
+        shutil.copy2(ROOT / name, folder)
+    monkeypatch.setattr("service.ROOT", folder)
+    return folder
+
+
+EDITS = {  # part: what is replaced in it, by what, and a request whose answer shows it
+    "settings": ('VERSION = "', 'VERSION = "new ', b"GET /health HTTP/1.1"),
+    "errors": ("there is no such route", "this is a new route", b"GET /x HTTP/1.1"),
+    "worker": ("the request is malformed", "a new kind of request", b"NONSENSE"),
+}
+
+
+def test_a_reload_takes_up_each_part_as_it_is_now(checkout, upstream):
+    service = Service(checkout.parent, small_routes(upstream.url))
+    more = b"\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    try:
+        for part, (old, new, ask) in EDITS.items():
+            path = checkout / f"parts/{part}.py"
+            path.write_text(path.read_text().replace(old, new))
+            assert b"new" not in service.raw(ask + more)
+        service.process.send_signal(signal.SIGHUP)
+
+        for _, _, ask in EDITS.values():
+            deadline = time.monotonic() + 15
+            while b"new" not in service.raw(ask + more):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+    finally:
+        service.stop()
+
+
+def test_the_master_keeps_no_module_of_ours():
+    code = """import runpy, sys; runpy.run_path("gunicorn.conf.py")
+print([name for name in sys.modules if name.partition(".")[0] in ("parts", "router", "wsgi")])"""
+
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+    assert (found.stdout, found.stderr) == ("[]\n", "")
 
 
 def test_a_body_of_known_length_is_read_in_full_however_it_comes(service, upstream):
