@@ -622,19 +622,6 @@ def test_a_missing_package_stops_the_start_with_the_command_that_helps(routes, m
         settings_for(routes, ROUTER_REDIS_URL="redis://127.0.0.1/0")
 
 
-def test_without_the_setting_no_line_of_it_runs(routes):
-    code = (
-        "import sys, router; router.create_app(); "
-        "print({'cluster', 'redis'} & {name.partition('.')[0] for name in sys.modules})"
-    )
-    env = {"PATH": os.environ["PATH"], "ROUTER_ROUTES": str(routes)}
-
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True,
-                          check=True, text=True)  # fmt: skip
-
-    assert done.stdout == "set()\n"
-
-
 # --- real instances ------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from conftest import ROOT, Clock
+from conftest import ROOT, Clock, Service
 from gunicorn.config import Config
 from gunicorn.http import RequestParser, wsgi
 from gunicorn.http.errors import InvalidHeader, InvalidHeaderName, ParseException
@@ -111,17 +111,22 @@ def test_what_came_meanwhile_is_seen_without_waiting(direct, conn, sent):
     assert here.parser.unreader.buf.getvalue() == sent
 
 
-@pytest.mark.parametrize("pin", ["0", "1"])
-def test_all_threads_of_a_worker_that_serves_are_on_the_cpu_of_its_port(serve_once, pin):
-    service = serve_once(ROUTER_PIN_CPU=pin)
-    cpus = sorted(os.sched_getaffinity(0))
-    wanted = {cpus[service.port % len(cpus)]} if pin == "1" else set(cpus)
-
-    assert service.chat().status_code == 200
-
+def cpus_of(service: Service) -> list[set[int]]:
+    """Where each thread of its worker may run."""
     threads = [int(name) for name in os.listdir(f"/proc/{worker_of(service)}/task")]
     assert len(threads) > 64
-    assert [os.sched_getaffinity(thread) for thread in threads] == [wanted] * len(threads)
+    return [os.sched_getaffinity(thread) for thread in threads]
+
+
+def test_all_threads_of_a_worker_that_serves_are_on_the_cpu_of_its_port(service, serve_once):
+    cpus = sorted(os.sched_getaffinity(0))
+    free = serve_once(ROUTER_PIN_CPU="0")
+
+    assert service.chat().status_code == free.chat().status_code == 200
+
+    pinned, unpinned = cpus_of(service), cpus_of(free)
+    assert pinned == [{cpus[service.port % len(cpus)]}] * len(pinned)
+    assert unpinned == [set(cpus)] * len(unpinned)
 
 
 def test_an_answer_comes_in_one_packet(service):
@@ -142,29 +147,20 @@ def test_a_head_request_gets_no_body(service):
     assert rest.startswith(b"HTTP/1.1 200")
 
 
-def test_a_stop_ends_idle_connections_and_is_quick(serve_once):
+def test_a_stop_is_quick_and_ends_idle_connections_of_which_a_last_request_is_answered(serve_once):
     service = serve_once()
-    with connected(service, HEALTH) as sock:
-        answers(sock, 1)
+    with connected(service, HEALTH) as idle, connected(service, HEALTH) as busy:
+        assert answers(idle, 1) and answers(busy, 1)
         began = time.monotonic()
-
-        assert service.stop() == 0
-
-        assert sock.recv(1) == b""
-        assert time.monotonic() - began < 8
-
-
-def test_a_request_on_an_idle_connection_of_a_stopping_worker_is_its_last(serve_once):
-    service = serve_once()
-    with connected(service, HEALTH) as sock:
-        answers(sock, 1)
         service.process.terminate()
         wait_until(lambda: not can_connect(service.port))
 
-        sock.sendall(HEALTH)
+        busy.sendall(HEALTH)
 
-        assert b"\r\nConnection: close\r\n" in answers(sock, 1)
-    assert service.stop() == 0
+        assert b"\r\nConnection: close\r\n" in answers(busy, 1)
+        assert idle.recv(1) == b""
+        assert service.stop() == 0
+        assert time.monotonic() - began < 8
 
 
 class App:
