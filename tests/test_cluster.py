@@ -636,9 +636,9 @@ class Pair:
             for folder, name in zip(folders, "ab", strict=True)
         )
 
-    def both(self, seen: Callable[[Service], Any], seconds: float = 5.0) -> None:
-        """Return once both see it; AssertionError when it takes longer."""
-        wait_until(lambda: all(seen(one) for one in (self.a, self.b)), seconds)
+    def both(self, seen: Callable[[Service], Any], seconds: float = 5.0) -> float:
+        """How long it took until both see it; AssertionError when it takes longer."""
+        return wait_until(lambda: all(seen(one) for one in (self.a, self.b)), seconds)
 
     def is_calm(self) -> None:
         """Both in the cluster, on the same routes, with no open circuit."""
