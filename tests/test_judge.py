@@ -21,13 +21,10 @@ ROWS = {  # (goes on to the next model, counts as a strike): the outcomes
 }  # fmt: skip
 
 
-def test_each_outcome_has_its_row():
+def test_each_outcome_has_its_row_and_is_said_in_words():
     found = {name: (verdict.next, verdict.strike) for name, verdict in VERDICTS.items()}
 
     assert found == {name: row for row, names in ROWS.items() for name in names.split()}
-
-
-def test_every_outcome_is_said_in_words():
     assert all(verdict.says for verdict in VERDICTS.values())
 
 
