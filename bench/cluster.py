@@ -26,17 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(
     0, str(Path(__file__).resolve().parent.parent)
 )  # first: this file has the name of the module it shows
-from test_cluster import (
-    POEM,
-    Pair,
-    Redis,
-    categories,
-    cluster_of,
-    open_on,
-    site_for,
-    wait_until_due,
-)  # fmt: skip
-from test_nginx import Nginx, kill_all
+from helpers import kill_all, open_circuits
+from test_cluster import POEM, Pair, Redis, categories, cluster_of, site_for, wait_until_due
+from test_nginx import Nginx
 from upstream import Upstream, error, slow, whole
 
 PROBES = 200
@@ -80,9 +72,12 @@ def show_sharing(two: Pair, upstream: Upstream) -> None:
     took = two.both(lambda one: "poem" not in categories(one))
     say("category `poem` deleted on b; gone on both after", took)
     upstream.scripts["acme/one"] = error(500)
-    while "acme/one" not in open_on(two.a):
+    while "acme/one" not in open_circuits(two.a):
         two.a.chat()
-    say("acme/one fails on a; open on both after", two.both(lambda one: "acme/one" in open_on(one)))
+    say(
+        "acme/one fails on a; open on both after",
+        two.both(lambda one: "acme/one" in open_circuits(one)),
+    )
     wait_until_due(two.a)
     wait_until_due(two.b)
     upstream.scripts["acme/one"] = slow(1.5, whole("I am back"))
@@ -91,7 +86,10 @@ def show_sharing(two: Pair, upstream: Upstream) -> None:
         found = list(pool.map(lambda n: (two.a, two.b)[n % 2].chat().status_code, range(30)))
     probes = upstream.models_asked().count("acme/one")
     say(f"30 requests to both at once: {found.count(200)} answered, probes of acme/one: {probes}")
-    say("the probe was answered; closed on both after", two.both(lambda one: open_on(one) == {}))
+    say(
+        "the probe was answered; closed on both after",
+        two.both(lambda one: open_circuits(one) == {}),
+    )
     assert (found.count(200), probes) == (30, 1)
     upstream.scripts.clear()
 

@@ -285,13 +285,16 @@ def test_one_call_goes_to_the_base_url_with_the_key(tmp_path):
     assert answer.json["choices"][0]["message"]["content"] == "from afar"
 
 
-def test_importing_the_module_starts_nothing():
+def test_importing_the_module_starts_nothing_and_a_start_loads_only_what_is_set(routes):
     code = (
-        "import threading, os; os.environ.clear(); before = set(os.listdir('.')); import router;"
-        "assert threading.active_count() == 1 and set(os.listdir('.')) <= before | {'__pycache__'}"
+        "import threading, os, sys; os.environ.clear(); before = set(os.listdir('.'));"
+        "import router, pathlib; assert threading.active_count() == 1;"
+        "assert set(os.listdir('.')) <= before | {'__pycache__'};"
+        "router.create_app(router.Settings(routes=pathlib.Path(sys.argv[1])));"
+        "assert not {'demo', 'cluster', 'redis'} & {name.partition('.')[0] for name in sys.modules}"
     )
 
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=20)
+    subprocess.run([sys.executable, "-c", code, routes], cwd=ROOT, check=True, timeout=20)
 
 
 @pytest.mark.parametrize(("key", "status"), [(KEY, 200), ("", 503)])

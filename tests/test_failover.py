@@ -160,10 +160,7 @@ def test_an_empty_answer_is_better_than_an_error(client, upstream, streams):
 
 @pytest.mark.parametrize(
     ("sizes", "asked"),
-    [
-        ({ONE: 8000, TWO: 8000, THREE: 9000}, [ONE, THREE]),
-        ({ONE: 8000, THREE: 9000}, [ONE, TWO]),
-    ],
+    [({ONE: 8000, TWO: 8000, THREE: 9000}, [ONE, THREE]), ({ONE: 8000, THREE: 9000}, [ONE, TWO])],
 )
 def test_a_model_known_to_be_no_larger_is_passed_over_for_a_long_prompt(
     build, upstream, sizes, asked

@@ -502,7 +502,3 @@ def test_garbage_behind_a_good_request_spoils_only_itself(service, garbage):
         assert_envelope(reply)
     assert last.status == CLOSED
     assert_unharmed(service)
-
-
-def test_there_are_enough_of_them():
-    assert len(REFUSED) + len(ENDS) + len(ODD) + len(GARBAGE) >= 300

@@ -11,7 +11,6 @@ import weakref
 import pytest
 from conftest import LocalClient
 from helpers import CHAT, answer_to, connected, figures, head_of, user
-from service import Service, small_routes
 from upstream import drop_at_once, error, plain, stream, whole
 
 import router as module
@@ -37,6 +36,11 @@ def test_hostile_group_metadata_is_stripped_in_linear_time(text):
     assert long < 8 * short + 0.05
 
 
+@pytest.fixture(scope="module")
+def few_threads(serve):
+    return serve(ROUTER_THREADS="10")
+
+
 HALF = "Content-Length: 100"
 TYPED = ("Content-Type: application/json", HALF)
 
@@ -49,12 +53,10 @@ TYPED = ("Content-Type: application/json", HALF)
     ],
     ids=["half sent", "refused"],
 )
-def test_half_bodies_leave_threads_for_health(serve_once, heads):
-    service = serve_once(ROUTER_THREADS="10")
-
-    socks = [connected(service, head + b"{") for head in heads]
+def test_half_bodies_leave_threads_for_health(few_threads, heads):
+    socks = [connected(few_threads, head + b"{") for head in heads]
     began = time.monotonic()
-    status = service.get("/health").status_code
+    status = few_threads.get("/health").status_code
 
     assert status == 200
     assert time.monotonic() - began < 3
@@ -100,13 +102,6 @@ def test_the_scheme_of_a_key_is_case_insensitive(build, scheme):
 
     assert client.chat(headers={"Authorization": f"{scheme} k1"}).status_code == 200
     assert client.chat(headers={"Authorization": f"{scheme} k2"}).status_code == 401
-
-
-def test_a_key_file_that_cannot_be_read_stops_the_start_by_its_name(tmp_path):
-    env = {"TEST_API_KEY": "", "TEST_API_KEY_FILE": str(tmp_path / "none")}
-
-    with pytest.raises(AssertionError, match="TEST_API_KEY_FILE"):
-        Service(tmp_path, small_routes("http://127.0.0.1:1"), **env)
 
 
 def too_many(start: dict, item: object) -> dict:

@@ -27,7 +27,7 @@ LAYOUTS = {
     "shipped": SHIPPED,
 }
 
-some = settings(max_examples=50, deadline=None)
+some = settings(max_examples=30, deadline=None)
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 scalars = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), names

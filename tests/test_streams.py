@@ -12,16 +12,7 @@ import openai
 import pytest
 import requests
 from conftest import Service, calm, small_routes
-from helpers import (
-    WHOLE,
-    errors_of,
-    failures,
-    in_turn,
-    last_attempts,
-    user,
-    wait_until,
-    words_of,
-)
+from helpers import WHOLE, errors_of, failures, in_turn, last_attempts, user, wait_until, words_of
 from upstream import DONE, Peer, Request, Upstream, chunk, error, pieces, raw, sse, stream, whole
 
 ONE, TWO = "acme/one", "acme/two"

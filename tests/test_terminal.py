@@ -82,6 +82,15 @@ def test_the_banner_is_json_for_a_program(run):
     assert json.loads(err)["url"] == "http://127.0.0.1:3999"
 
 
+def test_a_key_file_that_cannot_be_read_stops_the_start_by_its_name(run, routes, tmp_path):
+    env = {"ROUTER_ROUTES": str(routes), "TEST_API_KEY_FILE": str(tmp_path / "none")}
+
+    status, _, err = run("check", "--banner", **env)  # what gunicorn.conf.py runs first
+
+    assert status == 1
+    assert "TEST_API_KEY_FILE" in err
+
+
 # --- check ---------------------------------------------------------------------------------------
 
 

@@ -16,16 +16,7 @@ from typing import Any
 import pytest
 import trustme
 from conftest import Clock, LocalClient
-from helpers import (
-    CHAT,
-    close,
-    figures,
-    half_close,
-    in_flight,
-    pair_of_sockets,
-    user,
-    wait_until,
-)
+from helpers import CHAT, close, figures, half_close, in_flight, pair_of_sockets, user, wait_until
 from upstream import Upstream, chunk, events, hang, pieces, raw, stream, whole
 from werkzeug.test import EnvironBuilder
 
