@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, Service, free_port, small_routes
+from helpers import wait_until
 
 from parts.settings import Settings, SettingsError, absolute_paths, read_dotenv, read_secret
 
@@ -224,13 +225,15 @@ def test_serve_reads_the_files_that_were_meant_from_another_folder(tmp_path):
     env = {**os.environ, "ROUTER_ROUTES": "routes.json", "ROUTER_API_KEY_FILE": "key.txt",
            "ROUTER_BIND": f"127.0.0.1:{port}", "TEST_API_KEY": "k"}  # fmt: skip
     command = [sys.executable, str(ROOT / "router.py"), "serve"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "log.txt"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=file)
 
-    lines = [process.stderr.readline() for _ in range(12)]
-    process.terminate()
-    process.communicate(timeout=20)
-
-    assert any(f"routes={tmp_path}/routes.json" in line for line in lines)
+    try:
+        wait_until(lambda: f"routes={tmp_path}/routes.json" in log.read_text(), 20)
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 # --- hosts ----
