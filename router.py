@@ -252,8 +252,7 @@ class Breakers:
         now = self._clock()
         with self._lock:
             ticket.circuit.in_air -= 1
-            if ticket.is_current:
-                ticket.circuit.lease = now + wait_s
+            ticket.circuit.lease = now + wait_s
 
     def would_admit(self, model: str) -> bool:
         """True when a request that asked now would get a ticket."""

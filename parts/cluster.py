@@ -620,9 +620,6 @@ class Cluster:
         if "" in self._resets:  # all: also those that only others know
             self._resets |= {*self.link.circuits([])[1]}
             self._resets.discard("")
-        for model in self._told.keys() - circuits.keys():  # reset, or in no chain any more
-            del self._told[model]
-            self._seen.pop(model, None)
         changed = {m for m, c in circuits.items() if view_of(c) != self._told.get(m, NEW)}
         for model in self._resets | self._leases.keys() | changed:
             self._tell_one(model, circuits.get(model), model in changed)
@@ -663,7 +660,6 @@ class Cluster:
                 self._hear(model, text, circuits.get(model))
             elif view_of(circuits.get(model)) != NEW:  # an emptied Redis is told again
                 self._told.pop(model, None)
-                self._seen.pop(model, None)
                 self.link.wake.set()
 
     def _hear(self, model: str, text: str, known: Any) -> None:

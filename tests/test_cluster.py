@@ -277,6 +277,27 @@ def test_a_file_that_was_edited_while_its_instance_was_down_counts_as_a_write(pa
     assert b.has("song") and a.has("song")
 
 
+def test_a_change_made_while_the_clusters_routes_are_read_is_not_overwritten(pair, monkeypatch):
+    a, b = pair
+    a.add("poem")
+    real = b.cluster.link.routes
+
+    def routes() -> Any:
+        monkeypatch.setattr(b.cluster.link, "routes", real)
+        found = real()
+        b.share()
+        b.add("song")
+        return found
+
+    monkeypatch.setattr(b.cluster.link, "routes", routes)
+    b.share()
+    b.share()
+    a.share()
+
+    assert a.has("song") and a.has("poem")
+    assert a.file.read_text() == b.file.read_text()
+
+
 def test_two_workers_on_one_file_make_no_hand_edit_of_each_others_changes(pair, member):
     old, b = pair
     new = member("a")
@@ -549,6 +570,38 @@ def test_results_in_the_air_do_not_undo_what_was_heard(pair):
     a.share()
 
     assert (a.state(), b.state()) == ("open", "open")
+
+
+def test_what_is_refused_while_a_request_came_in_between_is_heard_in_the_next_round(
+    pair, monkeypatch
+):
+    a, b = pair
+    real = b.breakers.hear
+
+    def hear(model: str, state: Any, known: Any) -> bool:
+        monkeypatch.undo()
+        b.probe()
+        return real(model, state, known)
+
+    a.fail()
+    a.share()
+    monkeypatch.setattr(b.breakers, "hear", hear)
+    b.share()
+    assert b.state() == "closed"
+    b.share()
+
+    assert b.state() == "open"
+
+
+def test_who_was_overtaken_without_a_sign_hears_what_stands_there(pair, server):
+    a, _ = pair
+    a.share()
+    server.client.hset("llm-router:circuits", "acme/one", f"7 {entry()}")
+
+    a.fail()
+    a.share()
+
+    assert a.breakers.snapshot()["acme/one"]["retry_in_sec"] > 40
 
 
 def test_one_probe_in_the_cluster(pair):
@@ -922,9 +975,10 @@ def test_a_text_that_is_no_circuit_is_ignored_and_the_next_word_of_an_instance_t
 def test_a_circuit_that_was_spoilt_is_probed_again(pair, server, text):
     a, _ = pair
     a.fail()
+    a.make_due()
+    a.share()
     a.share()
     server.client.hset("llm-router:circuits", "acme/one", text)
-    a.make_due()
 
     a.probe()
     a.share()
@@ -936,9 +990,10 @@ def test_a_circuit_that_was_spoilt_is_probed_again(pair, server, text):
 def test_a_circuit_that_was_deleted_is_told_and_probed_again(pair, server):
     a, _ = pair
     a.fail()
+    a.make_due()
+    a.share()
     a.share()
     server.client.hdel("llm-router:circuits", "acme/one")
-    a.make_due()
 
     assert a.probe() is None
     a.share()
