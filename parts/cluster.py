@@ -35,12 +35,12 @@ Why that is enough
       in the queue of a hung Redis must not come into force later.
 
 Whenever Redis fails, is slow or full, the instance is alone: it serves on what it knows, asks
-nobody, and joins again by itself. What Redis holds is read as if a stranger had written it: whole
-if it is short enough and can be meant, or else not at all, with one line in the log (`Odd`).
+nobody, and joins again by itself.
 
 Redis holds `llm-router:config` (version, text, by, tags), `llm-router:circuits` (model -> sequence
 number and state), `llm-router:seq`, `llm-router:instances`, and a `llm-router:probe:<hash>` for
-each probe that is out. Nothing that a client sends is in a key or a command.
+each probe that is out. Nothing that a client sends is in a key or a command. All of it is read as
+if a stranger had written it: whole, or not at all and with one line in the log (`Odd`).
 """
 
 from __future__ import annotations
@@ -294,9 +294,8 @@ class Link:
 
     def circuits(self, models: Iterable[str]) -> tuple[list[str | None], list[str]]:
         """What Redis holds of each of `models`, and the names of other models there."""
-        keys = [KEYS["circuits"]]
-        texts, others = self.call("circuits", keys, MOST_ENTRY, *models, timely=False)
-        return texts, others
+        found = self.call("circuits", [KEYS["circuits"]], MOST_ENTRY, *models, timely=False)
+        return found[0], found[1]
 
     def shared_time(self, at: float) -> float:
         """A moment of our clock by Redis's clock."""
@@ -618,8 +617,7 @@ class Cluster:
         circuits, reset = self._breakers.news()
         self._resets |= reset
         if "" in self._resets:  # all: also those that only others know
-            self._resets |= {*self.link.circuits([])[1]}
-            self._resets.discard("")
+            self._resets = self._resets - {""} | {*self.link.circuits([])[1]}
         changed = {m for m, c in circuits.items() if view_of(c) != self._told.get(m, NEW)}
         for model in self._resets | self._leases.keys() | changed:
             self._tell_one(model, circuits.get(model), model in changed)
@@ -636,17 +634,11 @@ class Cluster:
         self._resets.discard(model)
         self._leases.pop(model, None)
         if entry:
-            self._note(model, view_of(circuit))
+            self._told[model] = view_of(circuit)
         if seq:
             self._seen[model] = str(seq)
         elif entry:
             self._stale = True  # overtaken by news
-
-    def _note(self, model: str, view: View) -> None:
-        """Remember what the others know by now."""
-        self._told[model] = view
-        if view == NEW:
-            del self._told[model]
 
     def _hear_circuits(self, circuits: Mapping[str, Any], tidy: bool) -> None:
         """Take over what changed elsewhere; `tidy`: all but the table's models go, for all."""
@@ -680,7 +672,7 @@ class Cluster:
             return
         self._seen[model] = seq
         self._odd.discard(model)
-        self._note(model, view_of(state))
+        self._told[model] = view_of(state)
         if known is not None or view_of(state) != NEW:
             word = "reset" if state is None else "open" if state.is_open else "closed"
             log.info("circuit_heard", {"model": model, "state": word, "by": by})
