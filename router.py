@@ -866,7 +866,7 @@ class Upstreams:
             else:
                 text = f"Ollama at {base} is not reached: {e.message or e.outcome}"
             if e.outcome == "connect":
-                text += '; start it, or write "routing_mode": "keywords" into routes.json'
+                text += '; start it, or write "routing_mode": "keywords" in routes.json'
             raise ClassifierError(e.outcome, text) from e
         finally:
             flight.next_attempt()

@@ -80,7 +80,7 @@ def check_origin(request: flask.Request, settings: Settings) -> None:
     # A load balancer's HTTP/1.0 needs no Host; no browser sends such a request.
     nameless = "HTTP_HOST" not in environ and environ.get("SERVER_PROTOCOL") == "HTTP/1.0"
     if not (host in OUR_NAMES or is_allowed(host, settings) or is_address(host) or nameless):
-        given = scrub(environ.get("HTTP_HOST", ""))[:100]
+        given = scrub(host or environ.get("HTTP_HOST", ""))[:100]
         text = f"the host name {given!r} is not in ROUTER_ALLOWED_HOSTS"
         raise RouterError(403, "host_not_allowed", text)
     if cors_headers(request, settings):

@@ -34,7 +34,7 @@ import ssl
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
 import requests
@@ -46,7 +46,7 @@ from urllib3.util.ssl_match_hostname import CertificateError
 from parts.addresses import is_loopback
 from parts.errors import Failure
 from parts.flights import Flight
-from parts.settings import SettingsError, ca_bundle
+from parts.settings import SettingsError, path_in
 
 MAX_ANSWER = 32 << 20  # bytes of one whole answer, or of one held stream
 MAX_ERROR = 64 << 10  # bytes read of an error page
@@ -403,7 +403,7 @@ class _NotedPool:
                 connected = True
                 reply: Reply = conn.exchange(self, head, body, used and not flight.resent)
                 return reply
-            except BaseException as e:
+            except BaseException as e:  # noqa: BLE001  raised again
                 conn.close()
                 self._put_conn(conn)
                 if isinstance(e, Silent) and not flight.why:
@@ -413,10 +413,7 @@ class _NotedPool:
                         flight.due = at + body.silence_s, kind
                     self._drop_idle()
                     continue
-                failure = as_failure(e, flight, self._where(conn), connected)
-                if failure is e:
-                    raise
-                raise failure from e
+                raise_failure(e, flight, self._where(conn), connected)
 
     def _pooled(self, flight: Flight) -> Any:
         """A connection, closed when it has to be made first; urllib3 has looked for stray bytes."""
@@ -558,7 +555,7 @@ class Endpoint:
         self.url = requests.utils.requote_uri(url)
         self.key = key
         self.adapter = session.get_adapter(url)
-        self.verify = ca_bundle(environ) or True
+        self.verify = str(path_in(environ, "REQUESTS_CA_BUNDLE") or "") or True
         self.proxies = proxies_for(url)
         self.where = urlsplit(url).netloc
         self._slowest_s = 0.0  # of the first bytes lately, which says what silence is usual
@@ -593,11 +590,8 @@ class Endpoint:
                                            verify=self.verify, proxies=self.proxies)  # fmt: skip
         except Failure:
             raise
-        except Exception as e:
-            failure = as_failure(e, flight, self.where, connected=False)
-            if failure is e:
-                raise
-            raise failure from e
+        except Exception as e:  # noqa: BLE001  raised again
+            raise_failure(e, flight, self.where, connected=False)
         self._slowest_s = max(flight.clock() - began, 0.9 * self._slowest_s)
         return reply if isinstance(reply, Reply) else from_elsewhere(reply, flight)
 
@@ -646,6 +640,17 @@ def as_failure(e: BaseException, flight: Flight, where: str, connected: bool) ->
     if not connected:
         return Failure("connect", what_failed(e, where))
     return Failure("reset" if isinstance(e, OSError | Silent) else "not_an_answer")
+
+
+def raise_failure(e: BaseException, flight: Flight, where: str, connected: bool) -> NoReturn:
+    """Raise what `as_failure` makes of `e`, and leave no circle of frames behind."""
+    failure = as_failure(e, flight, where, connected)
+    try:
+        if failure is e:
+            raise failure
+        raise failure from e
+    finally:
+        del failure, e
 
 
 def causes_of(e: BaseException) -> list[Any]:

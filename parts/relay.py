@@ -122,7 +122,7 @@ class Relay:
             data = DONE_BEHIND.sub(b"", data)
             body = parse_loosely(data)
         if not isinstance(body, dict):
-            raise failure_from(200, body) if body else Failure("not_an_answer", "no JSON", 200)
+            raise without_choices(body)
         self._note(body, "message")
         if not choices_of(body):
             raise without_choices(body)
@@ -157,10 +157,9 @@ class Relay:
             data += more
         if data.removeprefix(BOM).lstrip()[:1] in (b"{", b"["):
             body = parse_loosely(data + read_whole(self.reply))
-            is_error = isinstance(body, list) or (isinstance(body, dict) and error_of(body))
-            if is_error:
-                raise failure_from(200, body)
-            raise Failure("not_an_answer", "no stream", 200)
+            if isinstance(body, dict) and choices_of(body) and not error_of(body):
+                raise Failure("not_an_answer", "no stream", 200)
+            raise without_choices(body)
         return data
 
     def _check_held(self) -> None:

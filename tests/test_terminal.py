@@ -16,6 +16,7 @@ from service import plain_environ
 
 import router as module
 from parts.errors import RoutesError
+from router import explain_here
 
 SMALL = json.dumps(small_routes("http://127.0.0.1:1"), indent=2)
 Run = Callable[..., tuple[int, str, str]]
@@ -30,7 +31,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
         os.environ.clear()
         os.environ.update(plain_environ(before), **env)
         try:
-            status = module.main([*args])
+            status = module.main(explain_here, [*args])
         except SystemExit as e:  # wrong usage
             status = int(str(e.code))
         return (status, *capsys.readouterr())
