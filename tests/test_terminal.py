@@ -18,7 +18,7 @@ import router as module
 from parts.errors import RoutesError
 from router import explain_here
 
-SMALL = json.dumps(small_routes("http://127.0.0.1:1"), indent=2)
+SMALL = json.dumps(small_routes("http://127.0.0.1:1/v1"), indent=2)
 Run = Callable[..., tuple[int, str, str]]
 
 
