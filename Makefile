@@ -3,13 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 FLOORS := .venv-floors
-CORE_TESTS := test_api.py test_metrics.py test_worker.py
+CORE_TESTS := test_api.py test_metrics.py test_worker.py test_fuzz.py
 # Once `make lock` has pinned every package by its hash, nothing else is installed.
 PINNED := $(wildcard requirements.lock)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install run check route test floors lint lock bench drill cluster clean
+.PHONY: help install run check route test floors fuzz lint lock bench drill cluster clean
 
 help:  ## show this list
 	@$(PYTHON) -c 'import re; print("\n".join("make %-9s %s" % row for row in re.findall(r"(?m)^([a-z-]+):.*## (.*)", open("Makefile").read())))'
@@ -33,8 +33,11 @@ test: $(VENV)/.installed-tests  ## run all tests, with real servers on this mach
 
 floors: $(VENV)/.installed-tests  ## run the core tests with the oldest versions that are allowed
 	@test -x $(FLOORS)/bin/pytest || { $(PYTHON) -m venv $(FLOORS) && sed 's/>=/==/; s/,.*//' requirements.txt | \
-	  $(FLOORS)/bin/pip install --quiet -r /dev/stdin openai hypothesis trustme; }
+	  $(FLOORS)/bin/pip install --quiet -r /dev/stdin openai hypothesis trustme h11; }
 	@$(FLOORS)/bin/python -m pytest $(addprefix tests/,$(CORE_TESTS))
+
+fuzz: $(VENV)/.installed-tests  ## bytes made by chance, read as gunicorn and h11 read them; 2 min (FUZZ_SECONDS for each of the two)
+	@FUZZ_SECONDS=$${FUZZ_SECONDS:-60} $(BIN)/python -m pytest -s tests/test_fuzz*.py
 
 lint: $(VENV)/.installed-tests  ## ruff, mypy and bandit
 	@$(BIN)/ruff check .

@@ -203,15 +203,22 @@ class Reply:
         """The same, where `data` may begin and end anywhere in a chunk."""
         at, left, out = 0, self._chunk_left, []
         while at < len(data) and not self.ended and left != BROKEN:
-            if left > 0:
-                took = min(left, len(data) - at)
-                out.append(data[at : at + max(0, min(took, left - 2))])
+            if left > 2:
+                took = min(left - 2, len(data) - at)
+                out.append(data[at : at + took])
                 at, left = at + took, left - took
+                continue
+            if left == 2:  # the line end behind a chunk
+                if len(data) - at < 2:
+                    break
+                at, left = at + 2, 0 if data[at : at + 2] == b"\r\n" else BROKEN
                 continue
             end = data.find(b"\n", at)
             if end < 0:
                 break
-            line, at = data[at:end].strip(), end + 1
+            # A bare line feed is read, but nobody knows what another reader on the way makes of it.
+            self.will_close = self.will_close or data[end - 1 : end] != b"\r"
+            line, at = data[at:end].removesuffix(b"\r"), end + 1
             if left == TRAILER:
                 self.ended = not line
             else:
