@@ -33,6 +33,7 @@ import socket
 import sys
 import threading
 import time
+from codecs import BOM_UTF8
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -121,7 +122,7 @@ def read_body(request: flask.Request) -> bytes:
             raise RequestEntityTooLarge
         if len(data) < (length or 0):
             raise ClientDisconnected
-        return data
+        return data.removeprefix(BOM_UTF8)  # PowerShell and .NET write one
     except RequestEntityTooLarge as e:
         text = f"the body is over {most >> 20} MB (ROUTER_MAX_BODY_MB)"
         raise RouterError(413, "request_too_large", text) from e

@@ -116,7 +116,8 @@ def test_sdk_raises_on_a_body_that_does_not_fit(sdk):
         ask(sdk, messages=[])
 
 
-def test_the_body_goes_upstream_as_it_came_with_only_the_model_changed(service, upstream):
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"], ids=["plain", "behind-a-bom"])
+def test_the_body_goes_upstream_as_it_came_with_only_the_model_changed(service, upstream, bom):
     body = (
         '{"model" : "router",\n "messages":[{"role":"user",'
         '"content":[{"type":"text","text":"hé"}]},'
@@ -127,7 +128,7 @@ def test_the_body_goes_upstream_as_it_came_with_only_the_model_changed(service, 
 
     answer = requests.post(
         service.base + "/chat/completions",
-        data=body.encode(),
+        data=bom + body.encode(),
         headers={"Content-Type": "application/json"},
         timeout=10,
     )
