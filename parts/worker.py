@@ -10,8 +10,9 @@ Who may touch what, and when
 A connection is in one of three places:
 
 1. `idle`, by its descriptor: nobody's, it waits for its client. It is new, half a head of its
-   request has come, it is kept after an answer, or it is leaving: our side is closed, and what the
-   client still sends is thrown away, or the system would take back the end of our answer with it.
+   request has come, it is kept after an answer, its client takes an answer slowly (`unsent`), or
+   it is leaving: our side is closed, and what the client still sends is thrown away, or the system
+   would take back the end of our answer with it.
 2. With the thread that took it out of `idle`. Nobody else reads from it, writes to it, changes
    what is noted on it, or closes it, until that thread puts it back or ends it.
 3. Gone: closed, and no longer in `open`, which holds the others in either place.
@@ -30,14 +31,16 @@ which the interpreter does whole:
 - Only the main thread accepts. So while it looks at `idle`, no number of a descriptor there can
   come to mean another connection.
 - The main thread closes connections that are nobody's and whose time is over (`end`), never one
-  whose client has sent something: a thread will come for it. To decide it reads `timeout` and
-  `is_kept`, which a thread may be about to change; at worst a connection lives 0.25 s longer.
+  whose client has sent something: a thread will come for it. What it reads of them to decide may be
+  a moment old: one that was past its time, and was served and put back meanwhile, is closed as a
+  kept one may be at any time.
 
 What a connection may cost before it has said anything is the time until `HEAD_S` is over: a head
 is read as it comes, and what there is of it is put back with the connection (`Parser.has_head`).
 It holds no thread and, since the oldest such go first when there is no room (`make_room`), no
-place that others need. An answer that the client does not take holds its thread
-for `SEND_S`. A body is the application's: it knows who may send how much for how long.
+place that others need. A whole answer that its client does not take is put back with it, too, and
+has `SEND_S`; a stream is the application's and, where no carrier takes it over, holds its thread
+for as long. A body is the application's: it knows who may send how much for how long.
 
 A head is read by gunicorn, or in the same way: `read_ordinary` takes only what gunicorn reads
 without a choice, and a test holds it against gunicorn and h11. While a head is incomplete gunicorn
@@ -291,6 +294,8 @@ class Response(wsgi.Response):
     headers: list[tuple[str, str]]
     headers_sent: bool
     client_left = False
+    may_wait = True  # for the client; else what it does not take of a whole answer is left
+    unsent = b""
 
     def process_headers(self, headers: list[tuple[str, str]]) -> None:
         """Take the headers; gunicorn looks at each of them when one is not as usual."""
@@ -324,7 +329,11 @@ class Response(wsgi.Response):
     def send(self, data: bytes) -> None:
         """Send it; ConnectionResetError when the client has left or takes nothing any more."""
         try:
-            self.sock.sendall(data)
+            if self.may_wait or self.response_length is None:
+                self.sock.sendall(data)
+            else:
+                data = self.unsent + data
+                self.unsent = data[send_some(self.sock, data) :]
         except OSError as e:
             self.client_left = True
             raise ConnectionResetError from e  # the one that gunicorn passes over
@@ -344,6 +353,14 @@ class Response(wsgi.Response):
             *[f"{name}: {value}" for name, value in self.headers],
         ]
         return "\r\n".join([*lines, "\r\n"]).encode("latin-1")
+
+
+def send_some(sock: socket.socket, data: Any) -> int:
+    """Send what the client takes at once; how many bytes that were. OSError when it has left."""
+    try:
+        return sock.send(data, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return 0
 
 
 class Bug(Exception):
@@ -400,10 +417,16 @@ class Threaded(gthread.ThreadWorker):
             environ["wsgi.multithread"] = True
             req.body = environ["wsgi.input"] = Body(req.body.reader, conn.sock)
         response = Response(req, conn.sock, self.cfg)
+        response.may_wait = self.may_wait(conn)
         if not self.alive or not self.cfg.keepalive or self.is_crowded():
             response.force_close()
         self.respond(environ, response)
+        conn.unsent = memoryview(response.unsent)
         return not response.should_close() and self.has_read(req, conn)
+
+    def may_wait(self, conn: Any) -> bool:
+        """True where nobody else would send what the client does not take at once."""
+        return True
 
     def respond(self, environ: dict[str, Any], response: Response) -> None:
         """Have the application answer. A bug behind the head can only end the connection."""
@@ -471,7 +494,9 @@ class Threaded(gthread.ThreadWorker):
 class Direct(Threaded):
     """Threads that find their requests themselves; the head of this file says what keeps order."""
 
-    READABLE = getattr(select, "EPOLLIN", 0) | getattr(select, "EPOLLONESHOT", 0)
+    ONCE = getattr(select, "EPOLLONESHOT", 0)
+    READABLE = getattr(select, "EPOLLIN", 0) | ONCE
+    WRITABLE = getattr(select, "EPOLLOUT", 0) | ONCE
 
     def __init__(self, *args: Any):
         self.open: set[Any] = set()  # the connections
@@ -499,7 +524,8 @@ class Direct(Threaded):
         """A connection was accepted: wait for its first request, holding no thread."""
         self.open.add(conn)
         conn.data_ready = True
-        conn.is_kept = conn.is_leaving = False
+        conn.is_kept = conn.is_leaving = conn.is_last = False
+        conn.unsent = b""
         conn.since = time.monotonic()
         conn.timeout = conn.since + HEAD_S
         conn.sock.setblocking(True)
@@ -523,7 +549,7 @@ class Direct(Threaded):
         idle = self.idle.copy()
         self.full_of_kept = sum(c.is_kept for c in idle.values()) >= self.max_keepalived
         for descriptor, conn in idle.items():
-            if not self.alive:
+            if not self.alive and not conn.unsent:
                 conn.timeout = min(conn.timeout, now + LINGER_S)
             if force or conn.timeout <= now:
                 self.end(descriptor, conn, force)
@@ -537,7 +563,7 @@ class Direct(Threaded):
 
     def end(self, descriptor: int, conn: Any, force: bool = False) -> bool:
         """Close an idle connection; False when it is none any more or waits for a thread."""
-        if conn is None or (has_unread(conn) and not (force or conn.is_leaving)):
+        if conn is None or not (force or conn.is_leaving or conn.unsent or not has_unread(conn)):
             return False
         if self.idle.pop(descriptor, None) is None:
             return False
@@ -579,16 +605,31 @@ class Direct(Threaded):
 
     def serve_all(self, conn: Any) -> bool:
         """Serve the requests that are there; False when the connection is to be closed."""
+        if conn.unsent:
+            self.send_rest(conn)
         for served in itertools.count():
-            if not self.has_request(conn, served):
+            if conn.unsent or conn.is_last or not self.has_request(conn, served):
                 break
-            if not self.handle(conn):
-                return False
+            conn.is_last = not self.handle(conn)
             conn.is_kept, conn.since = True, time.monotonic()
-            conn.timeout = conn.since + self.cfg.keepalive
+            conn.timeout = conn.since + (SEND_S if conn.unsent else self.cfg.keepalive)
+        if conn.unsent or conn.is_last:
+            return bool(conn.unsent)
         if conn.is_kept and held_by(conn):  # half a head; for the first one the time runs already
             conn.timeout = min(conn.timeout, time.monotonic() + HEAD_S)
         return True
+
+    def send_rest(self, conn: Any) -> None:
+        """Send more of an answer to a client that takes it slowly."""
+        try:
+            conn.unsent = conn.unsent[send_some(conn.sock, conn.unsent) :]
+            conn.timeout = time.monotonic() + (SEND_S if conn.unsent else self.cfg.keepalive)
+        except OSError:
+            conn.unsent, conn.is_last = b"", True
+
+    def may_wait(self, conn: Any) -> bool:
+        """True for TLS, which knows no flag for one call."""
+        return type(conn.sock) is not socket.socket
 
     def has_request(self, conn: Any, served: int) -> bool:
         """True when the next request, or what is wrong with it, can be had without waiting.
@@ -616,10 +657,11 @@ class Direct(Threaded):
         return not changed and isinstance(conn.client, tuple) and isinstance(conn.server, tuple)
 
     def park(self, conn: Any) -> None:
-        """The connection is nobody's until it can be read."""
+        """The connection is nobody's until it can be read, or takes more of its answer."""
+        wanted = self.WRITABLE if conn.unsent else self.READABLE
         self.idle[conn.sock.fileno()] = conn
         with contextlib.suppress(OSError, ValueError):  # the main thread has closed it
-            self.ready.modify(conn.sock, self.READABLE)
+            self.ready.modify(conn.sock, wanted)
 
     def forget(self, conn: Any) -> None:
         """A connection was closed; the main thread has to know when it waits for that."""

@@ -778,7 +778,58 @@ def test_a_client_that_does_not_say_goodbye_holds_no_thread(direct, pairs):
     assert direct.open == set()
 
 
-def test_a_client_that_takes_nothing_of_an_answer_is_left(direct, pairs, monkeypatch):
+def answering(body: bytes) -> Callable[..., Any]:
+    """An application whose every answer is `body`."""
+
+    class Body(list[bytes]):
+        def close(self) -> None:
+            pass
+
+    def app(environ: dict[str, Any], start: Callable[..., Any]) -> Body:
+        start("200 OK", [("Content-Length", str(len(body)))])
+        return Body([body])
+
+    return app
+
+
+@pytest.mark.parametrize(
+    ("sent", "many"),
+    [(HEALTH * 2, 2), (HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n") * 2, 1)],
+)
+def test_a_client_that_takes_answers_slowly_gets_all_of_them_and_holds_no_thread(
+    direct, pairs, sent, many
+):
+    conn, client = pairs(direct, 5)
+    direct.wsgi, direct.base = answering(b"x" * 5_000_000 + b"end"), BASE
+    client.sendall(sent)
+    received, turns = b"", 0
+
+    while received.count(b"end") < many:
+        direct.serve_one(direct.idle.pop(conn.sock.fileno()))
+        received += client.recv(1 << 20)
+        turns += 1
+    direct.serve_one(direct.idle.pop(conn.sock.fileno()))
+
+    assert received.count(b"HTTP/1.1 200 OK") == many
+    assert len(received) - many * 5_000_003 < 1000
+    assert turns > 5
+    assert conn.is_leaving == (many == 1)
+
+
+def test_a_client_that_takes_nothing_of_an_answer_is_left_in_time(direct, pairs):
+    conn, client = pairs(direct, 5)
+    direct.wsgi, direct.base = answering(b"x" * 5_000_000), BASE
+    client.sendall(HEALTH * 2)
+    direct.serve_one(direct.idle.pop(conn.sock.fileno()))
+    assert 0 < conn.timeout - time.monotonic() <= worker.SEND_S
+
+    conn.timeout = 0.0
+    direct.murder_keepalived()
+
+    assert direct.open == set()
+
+
+def test_a_client_that_takes_nothing_of_a_stream_is_left(direct, pairs, monkeypatch):
     monkeypatch.setattr(worker, "SEND_TIMEOUT", struct.pack("ll", 0, 50_000))
     conn, _ = pairs(direct, 5)
     request = worker.Ordinary(dict(REQUEST_METHOD="GET", PATH_INFO="/"), 0, False)
