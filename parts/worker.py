@@ -336,7 +336,8 @@ class Response(wsgi.Response):
                 self.unsent = data[send_some(self.sock, data) :]
         except OSError as e:
             self.client_left = True
-            raise ConnectionResetError from e  # the one that gunicorn passes over
+            why = os.strerror(errno.ECONNRESET)  # which gunicorn passes over, whatever it was
+            raise ConnectionResetError(errno.ECONNRESET, why) from e
 
     def head(self) -> bytes:
         """Status line and headers, the first time."""

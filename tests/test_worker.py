@@ -835,7 +835,7 @@ def test_a_client_that_takes_nothing_of_a_stream_is_left(direct, pairs, monkeypa
     request = worker.Ordinary(dict(REQUEST_METHOD="GET", PATH_INFO="/"), 0, False)
     response = worker.Response(request, conn.sock, direct.cfg)
 
-    with pytest.raises(ConnectionResetError):
+    with pytest.raises(ConnectionResetError, match=f"Errno {errno.ECONNRESET}"):
         response.send(b"x" * 10_000_000)
 
     assert response.client_left
