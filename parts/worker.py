@@ -232,10 +232,28 @@ class Parser(RequestParser):
 
     def has_head(self) -> bool:
         """True when the next request, or what is wrong with it, can be had without waiting."""
-        unreader, before = self.unreader, self.req_count
-        unreader.head = held = unreader.buf.getvalue()
+        data = self.unreader.buf.getvalue()
         try:
-            self._next = self._read(held)
+            data = data or self._sock.recv(8192, socket.MSG_DONTWAIT)
+        except OSError as e:
+            self._next = e
+            return not isinstance(e, BlockingIOError)
+        end = data.find(b"\r\n\r\n", 0, MAX_ORDINARY) + 4
+        request = self._base and read_ordinary(data, end, self._base, self.cfg.limit_request_fields)
+        if not request:
+            return self._has_odd_head(data)
+        self.unreader.buf = io.BytesIO(data[end:])
+        request.body = Body(body.LengthReader(self.unreader, request.length), self._sock)
+        request.environ["wsgi.input"] = request.body
+        self.mesg = self._next = request
+        return True
+
+    def _has_odd_head(self, data: bytes) -> bool:
+        """The same by gunicorn, as far as what has come."""
+        unreader, before = self.unreader, self.req_count
+        unreader.head, unreader.buf = data, io.BytesIO(data)
+        try:
+            self._next = super().__next__()
         except BlockingIOError:  # what has come is read once more when there is more of it
             unreader.buf = io.BytesIO(unreader.head)
             self.req_count = before
@@ -255,21 +273,6 @@ class Parser(RequestParser):
             finally:
                 del found  # it knows this frame
         return found
-
-    def _read(self, held: bytes) -> Any:
-        data = held or self.unreader.chunk()
-        end = data.find(b"\r\n\r\n", 0, MAX_ORDINARY) + 4
-        request = self._base and read_ordinary(data, end, self._base, self.cfg.limit_request_fields)
-        if held:
-            self.unreader.buf = io.BytesIO()
-        if not request:
-            self.unreader.unread(data)
-            return super().__next__()
-        self.unreader.unread(data[end:])
-        request.body = Body(body.LengthReader(self.unreader, request.length), self._sock)
-        request.environ["wsgi.input"] = request.body
-        self.mesg = request
-        return request
 
 
 @lru_cache(maxsize=256)
@@ -294,8 +297,7 @@ class Response(wsgi.Response):
     headers: list[tuple[str, str]]
     headers_sent: bool
     client_left = False
-    may_wait = True  # for the client; else what it does not take of a whole answer is left
-    unsent = b""
+    unsent = b""  # what the client did not take at once, where somebody will send it later
 
     def process_headers(self, headers: list[tuple[str, str]]) -> None:
         """Take the headers; gunicorn looks at each of them when one is not as usual."""
@@ -329,15 +331,15 @@ class Response(wsgi.Response):
     def send(self, data: bytes) -> None:
         """Send it; ConnectionResetError when the client has left or takes nothing any more."""
         try:
-            if self.may_wait or self.response_length is None:
-                self.sock.sendall(data)
-            else:
-                data = self.unsent + data
-                self.unsent = data[send_some(self.sock, data) :]
+            self.send_now(data)
         except OSError as e:
             self.client_left = True
             why = os.strerror(errno.ECONNRESET)  # which gunicorn passes over, whatever it was
             raise ConnectionResetError(errno.ECONNRESET, why) from e
+
+    def send_now(self, data: bytes) -> None:
+        """Send it, waiting for the client; OSError."""
+        self.sock.sendall(data)
 
     def head(self) -> bytes:
         """Status line and headers, the first time."""
@@ -356,7 +358,19 @@ class Response(wsgi.Response):
         return "\r\n".join([*lines, "\r\n"]).encode("latin-1")
 
 
-def send_some(sock: socket.socket, data: Any) -> int:
+class Unhurried(Response):
+    """A response that waits for its client only when it is a stream, or over TLS."""
+
+    def send_now(self, data: bytes) -> None:
+        """Send what the client takes at once, of a whole answer."""
+        if self.response_length is None or type(self.sock) is not socket.socket:
+            self.sock.sendall(data)
+        else:
+            data = self.unsent + data
+            self.unsent = data[send_some(self.sock, data) :]
+
+
+def send_some(sock: socket.socket, data: bytes | memoryview) -> int:
     """Send what the client takes at once; how many bytes that were. OSError when it has left."""
     try:
         return sock.send(data, socket.MSG_DONTWAIT)
@@ -370,6 +384,8 @@ class Bug(Exception):
 
 class Threaded(gthread.ThreadWorker):
     """gthread whose own refusals (a malformed head, 100 KB of headers) are JSON like all others."""
+
+    response_class = Response
 
     def __init__(self, *args: Any):
         self.accept_at = self.complain_at = 0.0  # when that may be done again
@@ -417,17 +433,13 @@ class Threaded(gthread.ThreadWorker):
             _, environ = wsgi.create(req, conn.sock, conn.client, conn.server, self.cfg)
             environ["wsgi.multithread"] = True
             req.body = environ["wsgi.input"] = Body(req.body.reader, conn.sock)
-        response = Response(req, conn.sock, self.cfg)
-        response.may_wait = self.may_wait(conn)
+        response = self.response_class(req, conn.sock, self.cfg)
         if not self.alive or not self.cfg.keepalive or self.is_crowded():
             response.force_close()
         self.respond(environ, response)
-        conn.unsent = memoryview(response.unsent)
+        if response.unsent:
+            conn.unsent = memoryview(response.unsent)
         return not response.should_close() and self.has_read(req, conn)
-
-    def may_wait(self, conn: Any) -> bool:
-        """True where nobody else would send what the client does not take at once."""
-        return True
 
     def respond(self, environ: dict[str, Any], response: Response) -> None:
         """Have the application answer. A bug behind the head can only end the connection."""
@@ -495,6 +507,7 @@ class Threaded(gthread.ThreadWorker):
 class Direct(Threaded):
     """Threads that find their requests themselves; the head of this file says what keeps order."""
 
+    response_class = Unhurried
     ONCE = getattr(select, "EPOLLONESHOT", 0)
     READABLE = getattr(select, "EPOLLIN", 0) | ONCE
     WRITABLE = getattr(select, "EPOLLOUT", 0) | ONCE
@@ -627,10 +640,6 @@ class Direct(Threaded):
             conn.timeout = time.monotonic() + (SEND_S if conn.unsent else self.cfg.keepalive)
         except OSError:
             conn.unsent, conn.is_last = b"", True
-
-    def may_wait(self, conn: Any) -> bool:
-        """True for TLS, which knows no flag for one call."""
-        return type(conn.sock) is not socket.socket
 
     def has_request(self, conn: Any, served: int) -> bool:
         """True when the next request, or what is wrong with it, can be had without waiting.

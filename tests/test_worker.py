@@ -26,7 +26,6 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
-import hypothesis.strategies as st
 import pytest
 from conftest import ROOT, Service, small_routes
 from gunicorn.config import Config
@@ -34,7 +33,6 @@ from gunicorn.http import RequestParser, wsgi
 from gunicorn.http.errors import InvalidHeader, InvalidHeaderName, ParseException
 from gunicorn.workers.gthread import TConn
 from helpers import CLOSED, answer_to
-from hypothesis import given, settings
 from upstream import DONE, Upstream, chunk, events, pieces
 
 from parts import worker
@@ -642,21 +640,6 @@ def test_more_headers_than_gunicorn_takes_are_gunicorns_to_refuse():
 
     assert worker.read_ordinary(head, len(head), BASE, 100) is None
     assert worker.read_ordinary(head, len(head), BASE, 101)
-
-
-@given(
-    head=st.sampled_from([*ORDINARY, *FOR_GUNICORN.values()]),
-    at=st.integers(0, 300),
-    cut=st.integers(0, 3),
-    put=st.sampled_from(
-        [bytes([n]) for n in range(256)] + [b"\r\n", b": ", b"\r\nX: y", b"0", b"%"]
-    ),
-)
-@settings(max_examples=500, deadline=None)
-def test_whatever_a_head_holds_it_is_read_as_gunicorn_reads_it(head, at, cut, put):
-    at = min(at, len(head))
-
-    read_as_gunicorn(head[:at] + put + head[at + cut :] + b'{"a": "bcd"}')
 
 
 # --- answers -------------------------------------------------------------------------------------
