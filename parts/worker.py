@@ -86,6 +86,7 @@ YOUNG_S = 0.2  # so long after it was accepted or served a connection is not clo
 SEND_S = 30.0  # a client that takes nothing of an answer for so long has left
 REST_S = 0.02  # for the rest of a body that nobody wanted, which is nearly always there
 GOODBYE_S = 0.5  # for the client to close as well
+AT_ONCE_S = 0.002  # of it in our thread: most close at once, and no other has to be woken for that
 LINGER_S = 2.0  # a worker that leaves keeps idle connections so long: a request may be on its way
 SHORTAGE_S = 60.0  # how often it is said that there are no descriptors
 IN_A_ROW = 16  # requests of one connection, before others that wait for a thread get one
@@ -727,9 +728,10 @@ def is_gone(conn: Any) -> bool:
             conn.is_leaving, conn.parser = True, None
             conn.timeout = time.monotonic() + GOODBYE_S
             sock.shutdown(socket.SHUT_WR)
-        while sock.recv(65536, socket.MSG_DONTWAIT) and time.monotonic() < conn.timeout:
+            sock.settimeout(AT_ONCE_S)
+        while sock.recv(65536) and time.monotonic() < conn.timeout:
             pass
-    except BlockingIOError:
+    except TimeoutError:
         return False
     except OSError:
         pass
