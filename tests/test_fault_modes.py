@@ -487,7 +487,7 @@ def test_a_client_that_stops_reading_is_let_go_after_the_total_limit(quick, upst
     before = figures(quick)["requests"]["cancelled"]
 
     with connected(quick, chat_bytes(stream=True)):
-        wait_until(lambda: figures(quick)["requests"]["cancelled"] == before + 1)
+        wait_until(lambda: figures(quick)["requests"]["cancelled"] == before + 1, 20)
 
     assert figures(quick)["in_flight"] == 0
     assert failures(quick) == {}
