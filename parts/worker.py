@@ -84,6 +84,7 @@ HEAD_S = 10.0  # for a head in all: the first from accept on, a later one from i
 MAX_HEAD = 65536  # bytes of a head that comes in pieces; one header is at most 8 KB
 YOUNG_S = 0.2  # so long after it was accepted or served a connection is not closed to make room
 SEND_S = 30.0  # a client that takes nothing of an answer for so long has left
+MAX_UNSENT = 64 << 20  # bytes of answers that their clients take slowly; beyond, the latest end
 REST_S = 0.02  # for the rest of a body that nobody wanted, which is nearly always there
 GOODBYE_S = 0.5  # for the client to close as well
 AT_ONCE_S = 0.002  # of it in our thread: most close at once, and no other has to be woken for that
@@ -563,18 +564,27 @@ class Direct(Threaded):
             give_back_memory()
         idle = self.idle.copy()
         self.full_of_kept = sum(c.is_kept for c in idle.values()) >= self.max_keepalived
+        room = MAX_UNSENT
         for descriptor, conn in idle.items():
+            room -= len(conn.unsent)
             if not self.alive and not conn.unsent:
                 conn.timeout = min(conn.timeout, now + LINGER_S)
-            if force or conn.timeout <= now:
+            if force or conn.timeout <= now or (room < 0 and conn.unsent):
                 self.end(descriptor, conn, force)
 
     def make_room(self) -> bool:
-        """Close some of the oldest that wait for their client, at first those that never asked."""
+        """Close some of the oldest that wait for their client, at first those that never asked.
+
+        Those whose answer is still on its way go last.
+        """
         idle, before = self.idle.copy().items(), time.monotonic() - YOUNG_S
-        old = [(conn.is_kept, conn.since, n) for n, conn in idle if conn.since <= before]
+        old = [
+            (bool(conn.unsent), conn.is_kept, conn.since, n)
+            for n, conn in idle
+            if conn.since <= before
+        ]
         oldest = heapq.nsmallest(1 + len(idle) // 64, old)
-        return any([self.end(descriptor, self.idle.get(descriptor)) for _, _, descriptor in oldest])
+        return any([self.end(at, self.idle.get(at)) for *_, at in oldest])
 
     def end(self, descriptor: int, conn: Any, force: bool = False) -> bool:
         """Close an idle connection; False when it is none any more or waits for a thread."""
@@ -729,8 +739,10 @@ def is_gone(conn: Any) -> bool:
             conn.timeout = time.monotonic() + GOODBYE_S
             sock.shutdown(socket.SHUT_WR)
             sock.settimeout(AT_ONCE_S)
-        while sock.recv(65536) and time.monotonic() < conn.timeout:
-            pass
+        by = time.monotonic() + AT_ONCE_S
+        while sock.recv(65536):
+            if time.monotonic() > by:  # it sends on; the main thread ends that
+                return False
     except TimeoutError:
         return False
     except OSError:

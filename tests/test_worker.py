@@ -277,6 +277,27 @@ def test_out_of_room_those_that_never_asked_go_first_and_of_them_the_oldest(dire
     assert is_closed(kept[1])
 
 
+def test_out_of_room_an_answer_on_its_way_is_broken_off_last(direct, pairs):
+    taking = pairs(direct, 9, since=0, is_kept=True, unsent=memoryview(b"x"))
+    kept = pairs(direct, 9, since=1, is_kept=True)
+
+    direct.make_room()
+    assert [is_closed(client) for _, client in (taking, kept)] == [False, True]
+    direct.make_room()
+    assert is_closed(taking[1])
+
+
+def test_what_clients_have_not_taken_of_their_answers_is_bounded_together(
+    direct, pairs, monkeypatch
+):
+    monkeypatch.setattr(worker, "MAX_UNSENT", 10)
+    first, second, idle = (pairs(direct, 9, unsent=memoryview(b"x" * n)) for n in (6, 6, 0))
+
+    direct.murder_keepalived()
+
+    assert [is_closed(client) for _, client in (first, second, idle)] == [False, True, False]
+
+
 @pytest.mark.parametrize(("sent", "noted"), [(b"G", {"since": 0}), (b"", {})])
 def test_one_that_has_asked_or_has_just_come_is_not_closed_to_make_room(direct, pairs, sent, noted):
     _, client = pairs(direct, 5, **noted)
@@ -759,6 +780,16 @@ def test_a_client_that_does_not_say_goodbye_holds_no_thread(direct, pairs):
     direct.idle.clear()
     direct.serve_one(conn)
     assert direct.open == set()
+
+
+def test_a_client_that_sends_on_after_the_end_holds_no_thread(direct, pairs, monkeypatch):
+    monkeypatch.setattr(worker, "AT_ONCE_S", 0.0)  # any time that passes is too long
+    conn, client = pairs(direct, 5)
+    conn.sock.setblocking(True)
+    client.sendall(b"x" * 100_000)
+
+    assert not worker.is_gone(conn)
+    assert worker.has_unread(conn)
 
 
 def answering(body: bytes) -> Callable[..., Any]:
