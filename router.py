@@ -1082,7 +1082,7 @@ class Router:
         late = pause_s > RETRY_AFTER_MAX_S or self.clock() + pause_s >= call.deadline
         late = late or (seconds > RETRY_WITHIN_S and not last)
         flight = call.flight
-        if call.retried or flight.resent or ticket.probe or late or flight.why == "client_left":
+        if call.retried or flight.resent or ticket.probe or late:
             return False
         call.retried = True
         flight.next_attempt(fresh=True)
