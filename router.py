@@ -3,6 +3,7 @@
 The path of a request, which is also the order of this file, top to bottom:
 
     serve_chat -> guard -> read_chat (limits, JSON, check) -> the table, taken once, immutable
+           (chat completions, Messages, Responses and embeddings alike: see parts/dialects.py)
            -> Chooser.choose (category, mode, reason) -> the category's fallback chain
            -> walk: for each model Breakers.admit -> Upstreams.open -> check_head -> Relay
            -> ChatResponse (whole or stream) -> finish: exactly one Metrics.record
@@ -33,7 +34,6 @@ import socket
 import sys
 import threading
 import time
-from codecs import BOM_UTF8
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -50,11 +50,8 @@ if __name__ == "__main__":  # from a fresh checkout, with whatever Python was ty
 
 import flask
 import requests
-from gunicorn.http.errors import ParseException
-from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 
 from parts.access import (
-    CHAT_PATHS,
     as_router_error,
     cors_headers,
     guard,
@@ -62,12 +59,12 @@ from parts.access import (
     read_page,
 )  # fmt: skip
 from parts.carrier import Carrier
-from parts.chat import Chat, chat_of, check, fits
+from parts.chat import Chat, chat_of, check, parse_body, read_body, read_chat
 from parts.command import main
+from parts.dialects import CHAT, DIALECT_AT, DIALECTS, Dialect, dialect_of, passed_on
 from parts.errors import ClassifierError, Failure, RouterError, known_part, scrub
 from parts.exchange import MAX_ERROR, Endpoint, Reply, new_session, read_whole
 from parts.flights import NEVER, Flight, Flights
-from parts.jsontext import Member, parse_object
 from parts.judge import (
     THINK_REFUSED,
     VERDICTS,
@@ -81,6 +78,7 @@ from parts.judge import (
 )
 from parts.livefile import Store
 from parts.logs import log_rejections, log_to_stderr, now_text
+from parts.lru import Lru
 from parts.metrics import Attempt, Gauges, Metrics, Record, as_prometheus, breaker_figures
 from parts.prompts import (
     HEAD,
@@ -93,7 +91,6 @@ from parts.prompts import (
     points_back,
     signals_of,
     tokens_of,
-    user_texts,
 )  # fmt: skip
 from parts.relay import Relay
 from parts.settings import VERSION, Settings, SettingsError
@@ -104,52 +101,6 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 log = logging.getLogger("llm_router")
-
-
-# --- reading a request -------------------------------------------------------------------------
-
-
-def read_body(request: flask.Request) -> bytes:
-    """The request body; RouterError 413 when it is too large, 499 when it was cut short."""
-    most = request.max_content_length or 0  # one more than allowed: werkzeug cuts chunked bodies
-    length = request.content_length
-    try:
-        if length is not None and length < most:  # the usual case, without werkzeug's wrappers
-            data = request.environ["wsgi.input"].read(length)
-        else:
-            data = request.get_data(cache=False)
-        if len(data) >= most:
-            raise RequestEntityTooLarge
-        if len(data) < (length or 0):
-            raise ClientDisconnected
-        return data.removeprefix(BOM_UTF8)  # PowerShell and .NET write one
-    except RequestEntityTooLarge as e:
-        text = f"the body is over {most >> 20} MB (ROUTER_MAX_BODY_MB)"
-        raise RouterError(413, "request_too_large", text) from e
-    except ParseException as e:  # chunk sizes that lie
-        raise RouterError(400, "bad_request", "the chunked body is malformed") from e
-    except (ClientDisconnected, OSError) as e:
-        raise RouterError(499, "client_left", "the upload was cut short") from e
-
-
-def read_chat(data: bytes) -> Chat:
-    """The chat request in `data`; 400 when it is not JSON, 422 with every place that does not fit.
-
-    The schema takes 2 ms for a long conversation, so it only words a refusal.
-    """
-    chat = chat_of(data, *parse_body(data))
-    if not fits(chat.body):
-        check(chat.body, "ChatRequest")
-    chat.note_wishes()
-    return chat
-
-
-def parse_body(data: bytes) -> tuple[str, dict[str, Any], list[Member]]:
-    """Text, value and members of the JSON object in `data`; 400 when it holds none."""
-    try:
-        return parse_object(data)
-    except ValueError as e:
-        raise RouterError(400, "invalid_json", str(e)) from None
 
 
 # --- circuit breakers --------------------------------------------------------------------------
@@ -712,8 +663,14 @@ class Chooser:
         known = wanted if wanted in table.models else name
         id_ = table.resolve(known) if name != "router" else None
         if id_:
-            chain = (table.models[id_],)
+            chain: tuple[Model, ...] = (table.models[id_],)
+            if not chat.dialect.needs_choosing:  # vectors of the same model are comparable
+                chain = table.twins(chain[0])
             return Decision("explicit", "explicit", "asked for by name", chain, table.timeouts)
+        if not chat.dialect.needs_choosing:
+            text = "name a model of routes.json, or router/<category> whose models all make the " \
+                   "same vectors: those of two models cannot be compared"  # fmt: skip
+            raise RouterError(400, "model_not_found", text, param="model")
         if name not in ("router", wanted):
             text = f"no such category or model: {scrub(name)[:64]!r}; GET /v1/models lists them"
             raise RouterError(404, "model_not_found", text, param="model")
@@ -722,7 +679,7 @@ class Chooser:
 
     def _by_text(self, chat: Chat, table: Table, flight: Flight) -> Decision:
         keywords, continuations = self._words(table)
-        texts = islice(user_texts(chat.body["messages"]), LOOK_BACK)
+        texts = islice(chat.dialect.texts(chat.body), LOOK_BACK)
         text = next(texts, "")
         if not text:
             return _decide(table, table.default_category, "default", "no text of the user")
@@ -784,7 +741,7 @@ class Upstreams:
     def __init__(self, settings: Settings, session: requests.Session):
         self._settings = settings
         self._session = session
-        self._endpoints: dict[Upstream, Endpoint] = {}
+        self._endpoints: dict[tuple[Upstream, str], Endpoint] = {}  # by what is asked there
         self._refuses_usage: set[Upstream] = set()  # those that know no stream_options
         # upstream name -> since when it refuses our key, and when it last did by flight's clock
         self._refused: dict[str, tuple[str, float]] = {}
@@ -801,24 +758,31 @@ class Upstreams:
 
     def has_key(self, upstream: Upstream) -> bool:
         """True when it can be called: it has its key, needs none, or the demo stands in."""
-        if self._settings.demo or not upstream.api_key_env or upstream in self._endpoints:
+        if self._settings.demo or not upstream.api_key_env:
             return True
-        return bool(self.key(upstream))
+        was_sent = any((upstream, dialect.endpoint) in self._endpoints for dialect in DIALECTS)
+        return was_sent or bool(self.key(upstream))
+
+    def speaks(self, upstream: Upstream, dialect: Dialect) -> bool:
+        """True when requests of `dialect` may go there; the demo stands in for all of them."""
+        return self._settings.demo or dialect.speaks in upstream.speaks
 
     def open(self, model: Model, chat: Chat, flight: Flight, connect_s: float) -> Reply:
         """The reply of `model`, its head good and its body unread; or Failure, with it closed."""
-        endpoint = self._endpoints.get(model.upstream)
+        where = model.upstream, chat.dialect.endpoint
+        endpoint = self._endpoints.get(where)
         if endpoint is None:
             base = "demo://upstream" if self._settings.demo else model.upstream.base_url
             try:
-                endpoint = Endpoint(self._session, f"{base}/chat/completions",
+                endpoint = Endpoint(self._session, base + chat.dialect.endpoint,
                                     self._settings.environ, self.key(model.upstream))  # fmt: skip
             except SettingsError as e:  # a proxy, met by an upstream that an edit brought
                 raise Failure("shortage", str(e)) from e
-            self._endpoints[model.upstream] = endpoint
+            self._endpoints[where] = endpoint
         usage = "ask" if model.upstream.usage_in_streams else "leave"
         usage = "drop" if model.upstream in self._refuses_usage else usage
-        reply = endpoint.send(chat.for_model(model.id, usage), flight, connect_s)
+        body = chat.for_model(model.called, usage)
+        reply = endpoint.send(body, flight, connect_s, chat.query, chat.headers)
         if reply.status_code != 200 or "content-encoding" in reply.headers:
             try:
                 check_head(reply)
@@ -889,8 +853,8 @@ RETRY_AFTER_MAX_S = 2.5  # a rate limit this short is waited for
 UPLOAD_S = 60  # an upload that takes longer than this has stalled
 
 
-MATERIAL = ("messages", "tools", "functions")
-NO_CHAT = Chat(b"", {}, ())
+MATERIAL = ("messages", "input", "tools", "functions", "system", "instructions")
+NO_CHAT = Chat(b"", {}, (), CHAT)
 
 
 @dataclass
@@ -904,6 +868,7 @@ class Call(Record):
     chat: Chat = NO_CHAT
     decision: Decision | None = None
     whole: bool = False  # held until complete, even if the client asked for a stream
+    continues: str = ""  # what the upstream keeps that this goes on with
     retried: bool = False
     ticket: Ticket | None = None
     relay: Relay | None = None
@@ -911,7 +876,8 @@ class Call(Record):
 
     def headers(self) -> dict[str, str]:
         """What every chat answer says about itself."""
-        headers = {"X-Request-Id": self.id, "X-Router-Attempts": str(len(self.attempts))}
+        headers = {"X-Request-Id": self.id, "X-Router-Attempts": str(len(self.attempts)),
+                   "X-Router-Dialect": self.dialect}  # fmt: skip
         if self.decision:
             headers["X-Router-Category"] = self.category
             headers["X-Router-Mode"] = self.mode
@@ -943,6 +909,7 @@ class Router:
         self.upstreams = Upstreams(settings, session)
         self.metrics = Metrics(clock)
         self.classifier = Classifier(self.upstreams.classify, clock)
+        self.made = Lru(10_000)  # id of a response or conversation -> the model that made it
         self.chooser = Chooser(self.classifier)
         self.rejections = log_rejections(settings.validation_log)
         self._tidied: Table | None = None
@@ -955,11 +922,12 @@ class Router:
             self._tidied = table
         return table
 
-    def begin(self, client: socket.socket | None) -> Call:
+    def begin(self, client: socket.socket | None, dialect: Dialect = CHAT) -> Call:
         """A call that has yet to get its permit (`Flights.acquire`); `finish` must end it."""
         table, now = self.current_table(), self.clock()
         flight = Flight(client, self.clock, (now + UPLOAD_S, "client_left"))
-        return Call(secrets.token_hex(8), flight=flight, table=table, started=now)
+        return Call(secrets.token_hex(8), dialect=dialect.name, is_counted=dialect.is_counted,
+                    flight=flight, table=table, started=now)  # fmt: skip
 
     def choose(self, call: Call, chat: Chat) -> Decision:
         """Decide where `chat` goes; the dry run asks the same."""
@@ -967,6 +935,12 @@ class Router:
         call.chat, call.stream = chat, chat.stream
         call.flight.due = NEVER
         decision = call.decision = self.chooser.choose(chat, call.table, call.flight)
+        call.continues = chat.dialect.continues(chat.body)
+        made_by = self.made.get(call.continues) if call.continues else None
+        if made_by and made_by in call.table.models:  # nobody else knows what came before
+            first = call.table.models[made_by]
+            others = (model for model in decision.chain if model != first)
+            decision = call.decision = decision._replace(chain=(first, *others))
         call.category, call.mode, call.reason = decision[:3]
         call.whole = decision.whole
         call.deadline = call.started + decision.timeouts["total"]
@@ -1023,9 +997,11 @@ class Router:
                 call.attempts.append(attempt)
                 flight.due = min((began + patience_s, kind), (call.deadline, "total"))
                 reply = self.upstreams.open(model, call.chat, flight, timeouts["connect"])
+                answer = call.chat.dialect.answer(model.id, choices=call.chat.choices,
+                                                  keep_usage=call.chat.wants_usage,
+                                                  whole=call.whole)  # fmt: skip
                 relay = Relay(
-                    reply, flight, model.id, stream=call.stream, whole=call.whole,
-                    keep_usage=call.chat.wants_usage, choices=call.chat.choices,
+                    reply, flight, model.id, answer, stream=call.stream, whole=call.whole,
                     idle_s=timeouts["idle"],
                     client_s=call.table.timeouts["total"], deadline=call.deadline,
                 )  # fmt: skip
@@ -1037,7 +1013,7 @@ class Router:
                 if not isinstance(e, Failure):
                     raise
                 attempt.seconds = self.clock() - began
-                self._note_failure(attempt, e, relay)
+                self._note_failure(call, attempt, e, relay)
                 without = e.names_usage and call.stream
                 if without and self.upstreams.stop_asking_usage(model.upstream):
                     flight.next_attempt()
@@ -1051,15 +1027,19 @@ class Router:
         now = self.clock()
         attempt.outcome, attempt.status, attempt.seconds = "success", 200, now - began
         call.relay, call.answered_by = relay, attempt
+        for id_ in filter(None, (relay.answer.id, call.continues)):
+            self.made.put(id_, model.id)
         self.upstreams.note(model.upstream, "success", now)
         self.breakers.commit(ticket, call.table.breaker["failure_threshold"])
         call.first_token_s = now - call.started if call.stream else None
         return relay
 
-    def _note_failure(self, attempt: Attempt, failure: Failure, relay: Relay | None) -> None:
+    def _note_failure(self, call: Call, attempt: Attempt, failure: Failure,
+                      relay: Relay | None) -> None:  # fmt: skip
         """What came of an attempt; what it read is kept only where it may be passed on yet."""
         attempt.outcome, attempt.status = failure.outcome, failure.status
-        attempt.why = sentence(attempt.model, failure, self._scrubbed(failure.message))
+        said = self._scrubbed(failure.message)
+        attempt.why = sentence(attempt.model, failure, said, call.chat.dialect.endpoint)
         failure.attempt = attempt
         if relay:
             attempt.price(relay.usage)
@@ -1107,12 +1087,15 @@ class Router:
         missing = [reason for reason in reasons if "API key" in reason]
         text = f"no model of {call.category} can take this request: each {' or '.join(reasons)}"
         if missing:
-            raise RouterError(503, "no_key", text, headers={"Retry-After": "30"})
+            headers = {"Retry-After": "30", "x-should-retry": "false"}
+            raise RouterError(503, "no_key", text, headers=headers)
         detail = [{"loc": ["body"], "msg": f"every model {reason}"} for reason in reasons]
         raise RouterError(422, "no_capable_model", text, detail=detail)
 
     def passed_over(self, chat: Chat, model: Model) -> str:
         """Why `model` cannot take `chat`, or ''."""
+        if not self.upstreams.speaks(model.upstream, chat.dialect):
+            return f"does not speak {chat.dialect.speaks} (upstreams.{model.upstream.name}.speaks)"
         if not model.tools and chat.wants_tools:
             return "cannot use tools"
         if not model.images and chat.wants_images:
@@ -1233,7 +1216,7 @@ class App(flask.Flask):
         self.json.sort_keys = False  # type: ignore[attr-defined]
         self.url_map.merge_slashes = False  # `wsgi_app` does; this would answer with a redirect
         self.extensions["page"] = read_page(page)
-        for path in CHAT_PATHS:  # for the other methods: a 405 instead of a 404
+        for path in DIALECT_AT:  # for the other methods: a 405 instead of a 404
             self.add_url_rule(path, "chat", methods=["POST"])
 
     def wsgi_app(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
@@ -1241,7 +1224,7 @@ class App(flask.Flask):
         path = environ["PATH_INFO"]
         if "//" in path:  # a base URL that ends in a slash; every door looks at the same path
             path = environ["PATH_INFO"] = SLASHES.sub("/", path)
-        if path in CHAT_PATHS and environ["REQUEST_METHOD"] == "POST":
+        if path in DIALECT_AT and environ["REQUEST_METHOD"] == "POST":
             return serve_chat(self, environ)(environ, start_response)
         return super().wsgi_app(environ, start_response)
 
@@ -1303,9 +1286,12 @@ def proxy(owner: Router, request: flask.Request) -> ChatResponse:
     To close the response ends the call, whatever became of it.
     """
     environ = request.environ
-    call = environ[CALL] = owner.begin(environ.get("gunicorn.socket"))
+    dialect = DIALECT_AT[environ["PATH_INFO"]]
+    call = environ[CALL] = owner.begin(environ.get("gunicorn.socket"), dialect)
     owner.flights.acquire(call.flight)
-    decision = owner.choose(call, read_chat(read_body(request)))
+    chat = read_chat(read_body(request), dialect)
+    chat.headers, chat.query = passed_on(dialect, environ)
+    decision = owner.choose(call, chat)
     call.whole = call.whole or environ.get("HTTP_X_ROUTER_STREAM", "").lower() == "whole"
     relay = owner.walk(call, decision)
     body: Iterable[bytes] = relay.held
@@ -1329,10 +1315,11 @@ def dry_run() -> dict[str, Any]:
     """Where a request would go and why, through the same code; no upstream is called."""
     with watched_upload(router()) as call:
         data = read_body(flask.request)
-        chat = chat_of(data, *parse_body(data))
+        chat = chat_of(data, *parse_body(data), CHAT)
         check(chat.body, "RouteRequest")
         if "text" in chat.body:
             chat.body = {**chat.body, "messages": [{"role": "user", "content": chat.body["text"]}]}
+        chat.dialect = dialect_of(chat.body)
         chat.note_wishes()
         return explain(router(), call, chat)
 
@@ -1361,7 +1348,7 @@ def explain(owner: Router, call: Call, chat: Chat) -> dict[str, Any]:
                       "passed_over": owner.passed_over(chat, model)
                       or (None if may_go else "failed lately")})  # fmt: skip
     return {"category": decision.category, "mode": decision.mode, "reason": decision.reason,
-            "margin": round(decision.margin, 3), "chain": chain,
+            "dialect": chat.dialect.name, "margin": round(decision.margin, 3), "chain": chain,
             "words": [{"word": word, "weight": n} for word, n in decision.words]}  # fmt: skip
 
 
@@ -1562,8 +1549,10 @@ def error_response(raised: Exception) -> flask.Response:
     """The envelope for whatever was raised; ends the call that it ended."""
     path, e = flask.request.path, as_router_error(raised, flask.request.path)
     call: Call | None = flask.request.environ.get(CALL)
-    if call is None and flask.request.method == "POST" and path in CHAT_PATHS:
-        call = router().begin(None)  # refused at the door: counted, logged and named like others
+    dialect = DIALECT_AT.get(path, CHAT)
+    streamed, size = (call.stream, len(call.chat.data)) if call else (False, 0)
+    if call is None and flask.request.method == "POST" and path in DIALECT_AT:
+        call = router().begin(None, dialect)  # refused at the door: counted and logged like others
     elif call is None and e.error["type"] in ("not_found", "method_not_allowed"):
         call = router().begin(None)  # the trace of a client with another base URL
         call.reason = f"{flask.request.method} {known_part(path)}"
@@ -1574,8 +1563,9 @@ def error_response(raised: Exception) -> flask.Response:
     place = {"time": now_text(), "request_id": call.id if call else None, "path": path}
     for finding in (e.detail or ()) if e.status == 422 else ():
         router().rejections.info(json.dumps({**place, **finding}))
-    response = flask.jsonify(e.body())
-    response.status_code = e.status
+    status, body = dialect.told(e, place["request_id"] or "", streamed, size)
+    response = flask.jsonify(body)
+    response.status_code = status
     response.headers.extend(e.headers)
     response.headers.extend(call.headers() if call else {})
     return response
@@ -1587,7 +1577,7 @@ def explain_here(settings: Settings, text: str) -> dict[str, Any]:
     owner = Router(settings, new_session(1), time.monotonic)
     call = owner.begin(None)
     body = {"messages": [{"role": "user", "content": text}]}
-    return explain(owner, call, read_chat(json.dumps(body).encode()))
+    return explain(owner, call, read_chat(json.dumps(body).encode(), CHAT))
 
 
 if __name__ == "__main__":

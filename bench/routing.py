@@ -21,6 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from parts.dialects import CHAT  # noqa: E402
 from parts.livefile import read_file  # noqa: E402
 from parts.table import load_table  # noqa: E402
 from router import Chat, Chooser, Classifier, Decision, Flight  # noqa: E402
@@ -48,7 +49,7 @@ def deciding() -> Any:
 
     def decide(messages: list[dict[str, Any]]) -> Decision:
         return chooser.choose(
-            Chat("", {"model": "router", "messages": messages}, ()), table, flight
+            Chat(b"", {"model": "router", "messages": messages}, (), CHAT), table, flight
         )
 
     return decide

@@ -19,6 +19,7 @@ import flask
 from werkzeug.exceptions import HTTPException
 
 from parts.addresses import is_address, is_loopback, read_host
+from parts.dialects import DIALECT_AT
 from parts.errors import Full, Refused, RouterError, no_such_route, scrub
 from parts.logs import where_it_broke
 from parts.settings import Settings
@@ -26,7 +27,6 @@ from parts.settings import Settings
 log = logging.getLogger("llm_router")
 
 JSON = "application/json"
-CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
 # Whoever passes a request on says so in one of these, as WSGI names them. There are too many to
 # list, and to take one of another kind for one of them only asks for ROUTER_ADMIN_TOKEN.
 FORWARDED = re.compile(
@@ -56,10 +56,9 @@ def guard(request: flask.Request, settings: Settings) -> None:
     check_origin(request, settings)
     needed = keys_needed(request, settings)
     environ = request.environ  # a fifth of the cost of request.headers
-    scheme, _, given = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
-    given = given.strip() if scheme.lower() == "bearer" else ""
+    given = keys_given(environ)
     if needed and not any(
-        [hmac.compare_digest(given.encode(), key.encode()) for key in needed.values()]
+        [hmac.compare_digest(g.encode(), key.encode()) for g in given for key in needed.values()]
     ):
         names = " or ".join(needed)  # a sentence that survives clients which mask what looks secret
         text = f"no key was sent; send the value of {names} as a Bearer token"
@@ -72,6 +71,13 @@ def guard(request: flask.Request, settings: Settings) -> None:
         if not is_json or encoding != "identity":
             text = "send the body as Content-Type: application/json, not compressed"
             raise RouterError(415, "unsupported_media_type", text)
+
+
+def keys_given(environ: Mapping[str, Any]) -> list[str]:
+    """The keys that a request shows: as a Bearer token, and as Anthropic's clients do."""
+    scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+    token = token.strip() if scheme.lower() == "bearer" else ""
+    return [key for key in (token, environ.get("HTTP_X_API_KEY", "").strip()) if key]
 
 
 def check_origin(request: flask.Request, settings: Settings) -> None:
@@ -148,7 +154,7 @@ def keys_needed(request: flask.Request, settings: Settings) -> dict[str, str]:
         needed = {"ROUTER_ADMIN_TOKEN": token}
     elif path in ("/config", "/metrics") or (path == "/route" and api_key):
         needed = any_key
-    elif path in CHAT_PATHS or path.removeprefix("/v1").startswith("/models"):
+    elif path in DIALECT_AT or path.removeprefix("/v1").startswith("/models"):
         needed = {"ROUTER_API_KEY": api_key}
     return {name: key for name, key in needed.items() if key}
 

@@ -1,24 +1,31 @@
-"""A chat request as JSON: its text, its value and where its members stand.
+"""A request for a model, in any dialect: its body read, parsed, checked and kept as it came.
 
 A body is forwarded as it came; only the members that must change are replaced in its bytes, so big
-integers, unknown fields and the client's own layout survive. Nothing here knows Flask.
+integers, unknown fields and the client's own layout survive. What differs from one wire format to
+the next is asked of `Chat.dialect` (dialects.py).
 """
 
 from __future__ import annotations
 
 import json
 import re
+from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jsonschema
+from gunicorn.http.errors import ParseException
+from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 
-from parts.errors import invalid, say_schema_error
-from parts.jsontext import Member, has_over
+from parts.errors import RouterError, invalid, say_schema_error
+from parts.jsontext import Member, has_over, parse_object
+
+if TYPE_CHECKING:
+    import flask
 
 HERE = Path(__file__).resolve().parent
 MOST_VALUES = 100_000  # a validator takes up to 50 µs for each
@@ -26,12 +33,18 @@ MOST_VALUES = 100_000  # a validator takes up to 50 µs for each
 
 @dataclass(eq=False)
 class Chat:
-    """A checked chat request. `data` is the body as it came, `members` where its members stand."""
+    """A request for a model. `data` is the body as it came, `members` where its members stand.
+
+    `dialect` is dialects.Dialect, which stands on a higher floor.
+    """
 
     data: bytes
     body: Mapping[str, Any]
     members: Sequence[Member]
+    dialect: Any = None
     stream: bool = False  # the client wants server-sent events
+    query: str = ""  # of the request, where it is passed on
+    headers: Mapping[str, str] = field(default_factory=dict)  # the same
     choices: int = 1  # how many answers it wants
 
     @cached_property
@@ -47,9 +60,14 @@ class Chat:
 
     @cached_property
     def tools_offered(self) -> int:
-        """How many tools a model may call; `functions` is what they were called until 2023."""
-        tools, functions = self.body.get("tools"), self.body.get("functions")
-        return len(tools or ()) + (len(functions) if isinstance(functions, list) else 0)
+        """How many tools a model may call; `functions` is what they were called until 2023.
+
+        Codex puts some of them into groups, a `namespace` each.
+        """
+        tools, functions = self.body.get("tools") or (), self.body.get("functions")
+        groups = [tool["tools"] for tool in tools if isinstance(tool.get("tools"), list)]
+        grouped = sum(map(len, groups)) - len(groups)
+        return len(tools) + grouped + (len(functions) if isinstance(functions, list) else 0)
 
     @cached_property
     def tool_choice(self) -> str:
@@ -68,13 +86,14 @@ class Chat:
     def wants_images(self) -> bool:
         """True when a message holds a picture, or a file, which is shown as pictures of its pages.
 
-        Anthropic's `image` may stand in what a tool gave back, one level below.
+        Anthropic's `image` may stand in what a tool gave back, one level below; what a tool gave
+        is an item's `output` in Responses.
         """
-        level = self.body["messages"]
+        level = self.dialect.turns(self.body)
         for _ in range(2):
             inner: list[Any] = []
             for holder in level:
-                content = holder.get("content")
+                content = holder.get("content", holder.get("output"))
                 inner += content if isinstance(content, list) else ()
             inner = [part for part in inner if isinstance(part, dict)]
             if any([part.get("type") in PICTURES for part in inner]):
@@ -97,7 +116,7 @@ class Chat:
         what a request holds.
         """
         edits = {"model": json.dumps(model_id)}
-        if self.stream and usage == "ask" and not self.wants_usage:
+        if self.stream and usage == "ask" and self.dialect.adds_usage and not self.wants_usage:
             options = {**(self.body.get("stream_options") or {}), "include_usage": True}
             edits["stream_options"] = json.dumps(options)
         data, done = memoryview(self.data), self.members[0].start
@@ -122,7 +141,7 @@ class Chat:
         return len(before) - before.endswith(b","), member.end
 
 
-PICTURES = ("image_url", "input_image", "image", "file")
+PICTURES = ("image_url", "input_image", "image", "file", "input_file", "document")
 
 
 def _choice(value: Any) -> str:
@@ -134,8 +153,56 @@ def _choice(value: Any) -> str:
     return "none" if value == "none" else "required" if value in ("required", "any") else "auto"
 
 
-def chat_of(data: bytes, text: str, body: dict[str, Any], members: list[Member]) -> Chat:
-    """A chat request that was parsed, with the places of what `for_model` may replace, in bytes."""
+def read_body(request: flask.Request) -> bytes:
+    """The request body; RouterError 413 when it is too large, 499 when it was cut short."""
+    most = request.max_content_length or 0  # one more than allowed: werkzeug cuts chunked bodies
+    length = request.content_length
+    try:
+        if length is not None and length < most:  # the usual case, without werkzeug's wrappers
+            data = request.environ["wsgi.input"].read(length)
+        else:
+            data = request.get_data(cache=False)
+        if len(data) >= most:
+            raise RequestEntityTooLarge
+        if len(data) < (length or 0):
+            raise ClientDisconnected
+        return data.removeprefix(BOM_UTF8)  # PowerShell and .NET write one
+    except RequestEntityTooLarge as e:
+        text = f"the body is over {most >> 20} MB (ROUTER_MAX_BODY_MB)"
+        raise RouterError(413, "request_too_large", text) from e
+    except ParseException as e:  # chunk sizes that lie
+        raise RouterError(400, "bad_request", "the chunked body is malformed") from e
+    except (ClientDisconnected, OSError) as e:
+        raise RouterError(499, "client_left", "the upload was cut short") from e
+
+
+def parse_body(data: bytes) -> tuple[str, dict[str, Any], list[Member]]:
+    """Text, value and members of the JSON object in `data`; 400 when it holds none."""
+    try:
+        return parse_object(data)
+    except ValueError as e:
+        raise RouterError(400, "invalid_json", str(e)) from None
+
+
+def read_chat(data: bytes, dialect: Any) -> Chat:
+    """The request in `data`; 400 when it is not JSON, 422 with every place that does not fit.
+
+    The schema takes 2 ms for a long conversation, so it only words a refusal.
+    """
+    chat = chat_of(data, *parse_body(data), dialect)
+    meant = dialect.belongs_to(chat.body)
+    if meant:
+        text = f"this body belongs to {meant}: it has another wire format than this path"
+        raise RouterError(422, "wrong_format", text, detail=[{"loc": ["body"], "msg": text}])
+    if not dialect.fits(chat.body):
+        check(chat.body, dialect.schema)
+    chat.note_wishes()
+    return chat
+
+
+def chat_of(data: bytes, text: str, body: dict[str, Any], members: list[Member],
+            dialect: Any) -> Chat:  # fmt: skip
+    """A request that was parsed, with the places of what `for_model` may replace, in bytes."""
     others = [m for m in members[1:] if m.key in ("model", "stream_options")]
     members = [*members[:1], *others]
     if not text.isascii():
@@ -143,34 +210,12 @@ def chat_of(data: bytes, text: str, body: dict[str, Any], members: list[Member])
             Member(m.key, *(len(text[:at].encode()) for at in (m.start, m.value, m.end)))
             for m in members
         ]
-    return Chat(data, body, members, bool(body.get("stream")))
+    return Chat(data, body, members, dialect, bool(body.get("stream")))
 
 
-def fits(body: Mapping[str, Any]) -> bool:
-    """Whether `body` fits openapi.json's ChatRequest, in a hundredth of a validator's time."""
-    messages, options = body.get("messages"), body.get("stream_options")
-    tools = body.get("tools")
-    return (
-        isinstance(messages, list)
-        and len(messages) > 0
-        and all(map(_is_message, messages))
-        and isinstance(body.get("model", ""), str)
-        and isinstance(body.get("stream"), bool | None)
-        and isinstance(options, dict | None)
-        and isinstance((options or {}).get("include_usage"), bool | None)
-        and isinstance(tools, list | None)
-        and {*map(type, tools or ())} <= {dict}
-        and isinstance(body.get("tool_choice"), str | dict | None)
-    )
-
-
-def _is_message(message: Any) -> bool:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        return False
-    content = message.get("content")
-    if isinstance(content, list):
-        return {*map(type, content)} <= {dict}
-    return content is None or isinstance(content, str)
+def is_parts(value: Any) -> bool:
+    """Whether `value` is a list of objects."""
+    return isinstance(value, list) and {*map(type, value)} <= {dict}
 
 
 def check(body: Any, name: str) -> None:
@@ -189,7 +234,8 @@ def check(body: Any, name: str) -> None:
 def request_schemas() -> dict[str, jsonschema.Draft202012Validator]:
     """openapi.json's schemas, compiled once."""
     components = json.loads((HERE / "openapi.json").read_text(encoding="utf-8"))["components"]
-    names = ("ChatRequest", "RouteRequest", "CategoryChange", "MappingChange")
+    names = ("ChatRequest", "MessagesRequest", "ResponsesRequest", "EmbeddingsRequest",
+             "RouteRequest", "CategoryChange", "MappingChange")  # fmt: skip
     return {
         name: jsonschema.Draft202012Validator(
             {**components["schemas"][name], "components": components}

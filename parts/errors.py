@@ -80,9 +80,11 @@ class RouterError(Exception):
         self.status = status
         self.headers = dict(headers or {})
         self.detail = detail
-        self.error = {"message": message, "type": kind, "param": param, "code": code or kind}
+        self.error: dict[str, Any] = {
+            "message": message, "type": kind, "param": param, "code": code or kind,
+        }  # fmt: skip
         if attempts is not None:
-            self.error["attempts"] = attempts  # type: ignore[assignment]
+            self.error["attempts"] = attempts
 
     def body(self) -> dict[str, Any]:
         """The envelope of OpenAI's API, which OpenClaw and the SDKs show best."""
@@ -96,17 +98,18 @@ def invalid(detail: list[dict[str, Any]]) -> RouterError:
     return RouterError(422, "invalid_request_error", message, param=where, detail=detail)
 
 
-SPOKEN = ("/v1/chat/completions", "/v1/models", "/route", "/health", "/health/ready", "/metrics",
+SPOKEN = ("/v1/chat/completions", "/v1/messages", "/v1/messages/count_tokens", "/v1/responses",
+          "/v1/embeddings", "/v1/models", "/route", "/health", "/health/ready", "/metrics",
           "/config", "/config/category", "/config/model-mapping",
           "/circuit-breaker/reset-all")  # fmt: skip
 
 
 NOT_SPOKEN = {
     "/completions": "text completions are", "/images": "images are", "/audio": "audio is",
-    "/moderations": "moderations are", "/embeddings": "embeddings are", "/files": "files are",
+    "/moderations": "moderations are", "/files": "files are",
     "/fine_tuning": "fine-tuning is", "/batches": "batches are", "/assistants": "assistants are",
     "/threads": "threads are", "/vector_stores": "vector stores are", "/realtime": "realtime is",
-    "/responses": "the Responses API is", "/messages": "Anthropic's Messages API is",
+    "/messages/batches": "batches of messages are",
     "/rerank": "reranking is", "/api": "Ollama's own API is",
 }  # fmt: skip
 
@@ -123,6 +126,8 @@ def no_such_route(path: str) -> str:
         short = short.removeprefix("/v1")
     if plain.startswith("/v1/v1/"):
         return f"the path begins with /v1 twice: leave it out of the base URL; /v1{short} is meant"
+    if short.startswith("/responses/"):
+        return "the router keeps no responses: ask the upstream that made it"
     for head, what in NOT_SPOKEN.items():
         if f"{short}/".startswith(f"{head}/"):
             return f"{what} not spoken here; POST /v1/chat/completions is"

@@ -1,6 +1,6 @@
 """Server-sent events: put together from bytes as they come, each with what it holds.
 
-Nothing here knows what an answer means, but for one thing: where an event keeps the words it adds.
+Nothing here knows what an answer means; where an event keeps the words it adds is told by who does.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from parts.errors import Failure
@@ -30,9 +31,15 @@ _EVENT_END = re.compile(rb"\r?\n\r?\n|\r\r")
 
 
 class EventReader:
-    """Puts server-sent events together from bytes as they come."""
+    """Puts server-sent events together from bytes as they come.
 
-    def __init__(self) -> None:
+    `words`: what may stand before the words that an event adds to an answer. `adds_words`: whether
+    those that are like an event may be passed on unread.
+    """
+
+    def __init__(self, words: tuple[bytes, ...] = (),
+                 adds_words: Callable[[dict[str, Any]], bool] = bool):  # fmt: skip
+        self._words, self._adds_words = words, adds_words
         self._buffer = bytearray()  # appending to bytes would copy a trickled event each time
         self._like: tuple[bytes, bytes] | None = None  # of the last event: `shape_of`
 
@@ -74,8 +81,8 @@ class EventReader:
 
     def _event(self, raw: bytes) -> Event:
         event = parse_event(raw)
-        if event.kind == "data":  # one without choices may not be passed on at all
-            self._like = shape_of(raw) if event.data.get("choices") else None
+        if event.kind == "data":
+            self._like = shape_of(raw, self._words) if self._adds_words(event.data) else None
         return event
 
 
@@ -89,9 +96,9 @@ def are_words(text: bytes) -> bool:
     return IN_STRING.fullmatch(text) is not None and is_utf8(text)
 
 
-def shape_of(raw: bytes) -> tuple[bytes, bytes] | None:
+def shape_of(raw: bytes, words: tuple[bytes, ...]) -> tuple[bytes, bytes] | None:
     """What stands before and behind the words that an event adds to an answer."""
-    for key in (b'"content":"', b'"reasoning":"'):
+    for key in words:
         start = raw.find(key) + len(key)
         end = IN_STRING.match(raw, start)
         if start >= len(key) and end and raw[end.end() : end.end() + 1] == b'"':
@@ -105,11 +112,13 @@ _scan_json: Any = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 def parse_event(raw: bytes) -> Event:
     """One event; several `data:` lines are joined as the standard says."""
     lean = raw if len(raw) <= LARGE else without_words(raw)
-    if lean[:7] == b"data: {" and lean.find(b"\n") == len(lean) - 2:  # one line: nearly always so
+    at = lean.find(b"\n") + 1 if lean[:7] == b"event: " and lean[7:12] != b"error" else 0
+    # One line of data, perhaps behind a name: nearly always so.
+    if lean[at : at + 7] == b"data: {" and lean.find(b"\n", at) == len(lean) - 2:
         if len(lean) > LARGE:
-            return _event_of(raw, lean[6:-2])
+            return _event_of(raw, lean[at + 6 : -2])
         with contextlib.suppress(ValueError, StopIteration, RecursionError):
-            text = lean[6:-2].decode()
+            text = lean[at + 6 : -2].decode()
             data, end = _scan_json(text, 0)
             if end == len(text):
                 return Event(raw, "data", data)

@@ -553,6 +553,9 @@ def proxies_for(url: str) -> dict[str, str]:
     return proxies
 
 
+NO_HEADERS: Mapping[str, str] = {}
+
+
 class Endpoint:
     """One URL to post JSON to, prepared once: adapter, headers, proxy, certificates."""
 
@@ -576,8 +579,11 @@ class Endpoint:
         if key:
             self.headers["Authorization"] = f"Bearer {key}"
 
-    def send(self, body: Pieces, flight: Flight, connect_s: float) -> Reply:
+    def send(self, body: Pieces, flight: Flight, connect_s: float, query: str = "",
+             headers: Mapping[str, str] = NO_HEADERS) -> Reply:  # fmt: skip
         """The reply to a POST of `body`, its body unread; or Failure.
+
+        `query` begins with its `?`; `headers` are sent beside our own.
 
         HTTPAdapter.send costs half of Session.post, follows no redirect and knows no cookies. The
         watcher enforces the deadlines, since a read timeout counts from one packet to the next.
@@ -589,9 +595,9 @@ class Endpoint:
         silence_s = min(max(SILENCE_S, usual_s), half_s) if usual_s <= half_s else math.inf
         outgoing: Any = Outgoing(body, flight, silence_s)
         request = requests.PreparedRequest()
-        request.method, request.url, request.body = "POST", self.url, outgoing
-        length = str(sum(map(len, body)))
-        request.headers = {**self.headers, "Content-Length": length}  # type: ignore[assignment]
+        request.method, request.url, request.body = "POST", self.url + query, outgoing
+        length = {"Content-Length": str(sum(map(len, body)))}
+        request.headers = {**headers, **self.headers, **length}  # type: ignore[assignment]
         try:
             reply: Any = self.adapter.send(request, stream=True, timeout=(connect_s, None),
                                            verify=self.verify, proxies=self.proxies)  # fmt: skip

@@ -217,7 +217,8 @@ _ANYTHING = rb'(?:[^\x00-\x1f"\\]++|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})++'
 IN_STRING = re.compile(_ANYTHING)
 # Words and pictures: nobody asks more of them than whether there are any.
 _WORDS = re.compile(
-    rb'("(?:content|reasoning|reasoning_content|url|data|b64_json)"\s*+:\s*+")' + _ANYTHING
+    rb'("(?:content|reasoning|reasoning_content|text|thinking|delta|result|url|data|b64_json)"'
+    rb'\s*+:\s*+")' + _ANYTHING
 )
 
 

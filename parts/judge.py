@@ -477,12 +477,12 @@ def finish_kind(reason: str) -> str:
     return known or ("failed" if FAILED_NAME.search(name) else "unknown")
 
 
-def without_choices(body: Any) -> Failure:
-    """The failure that a whole answer in a 200 means that holds no choices."""
+def without_answer(body: Any) -> Failure:
+    """The failure that a 200 means whose body is no answer: without choices, blocks, output."""
     said = read_error(body)
     if said.message or said.status:
         return failure_from(200, body)
-    return Failure("not_an_answer", "no choices", 200)
+    return Failure("not_an_answer", "no answer in it", 200)
 
 
 TELLS_ERROR = frozenset(("error", "error_type", "error_message"))  # beside choices, too
@@ -549,10 +549,10 @@ def refused_key(upstream: Upstream) -> str:
     return f"{upstream.api_key_env} is refused by {upstream.name}"
 
 
-def sentence(model: Model, failure: Failure, said: str) -> str:
+def sentence(model: Model, failure: Failure, said: str, endpoint: str) -> str:
     """What came of one attempt, for a person: where the next step begins.
 
-    `said`: the upstream's own words, without any secret.
+    `said`: the upstream's own words, without any secret. `endpoint`: what was asked there.
     """
     upstream = model.upstream
     if failure.outcome == "unauthorized":
@@ -560,7 +560,8 @@ def sentence(model: Model, failure: Failure, said: str) -> str:
     if failure.outcome in ("connect", "tls") and said:
         return f"{upstream.name} could not be reached: {said}"
     if failure.outcome == "not_found" and says_nothing(said):
-        return f"{upstream.base_url}/chat/completions was not found (404): is base_url right?"
+        asks = "is base_url right" + ("?" if endpoint == "/chat/completions" else ", and `speaks`?")
+        return f"{upstream.base_url}{endpoint} was not found (404): {asks}"
     if failure.outcome == "payment" and said:
         return f"{model.id} wants payment: {said}"
     return f"{model.id} {VERDICTS[failure.outcome].says}"

@@ -117,7 +117,8 @@ def token_counts(usage: Mapping[str, Any]) -> dict[str, int]:
     for path in ANTHROPIC_CACHE:
         if path[0] in usage:
             beside += _count(usage, (path,)) or 0
-    if "prompt_tokens" not in usage or asked < beside:  # Anthropic's input is what was not cached
+    within = "prompt_tokens" in usage or usage.get("input_tokens_details")
+    if not within or asked < beside:  # Anthropic's input is what was not cached
         asked += beside
     left = (_count(usage, TOTAL) or 0) - asked - answered
     if left > 0 and left != cached and thought in (0, left):
@@ -154,7 +155,7 @@ def cost_of(model: Model, usage: Mapping[str, Any]) -> tuple[float | None, str]:
     told = _told_usd(usage)
     if told is not None:
         return told, "upstream"
-    if model.id.endswith(":free"):
+    if model.called.endswith(":free"):
         return 0.0, "free"
     price = model.cost
     if price is None or not usage or _count(usage, OUTPUT) is None:
@@ -203,12 +204,15 @@ class Record:
     category: str = "none"
     mode: str = "none"
     reason: str = ""
+    dialect: str = "chat"
     stream: bool = False
     attempts: list[Attempt] = field(default_factory=list)
     answered_by: Attempt | None = None
     seconds: float = 0.0
     first_token_s: float | None = None
     choose_s: float = 0.0
+
+    is_counted: bool = True  # False: only in the log
 
     @property
     def last(self) -> Attempt | None:
@@ -235,6 +239,7 @@ class Record:
         first_ms = None if self.first_token_s is None else round(self.first_token_s * 1000, 2)
         return {
             "id": self.id, "outcome": self.counted_as, "status": self.status,
+            "dialect": self.dialect,
             "category": self.category, "mode": self.mode, "reason": self.reason,
             "model": last.model.id if last else None, "attempts": tries,
             "stream": self.stream,
@@ -263,9 +268,11 @@ class Metrics:
         """Book one request and return its summary. Only labels of the configuration become keys."""
         entry, day = call.summary(), int(time.time()) // 86400
         outcome, last = entry["outcome"], call.last
+        if not call.is_counted:
+            return entry
         with self._lock:
             self._counts["requests", outcome] += 1
-            self._counts["route", call.category, call.mode, outcome] += 1
+            self._counts["route", call.category, call.mode, call.dialect, outcome] += 1
             if call.mode != "none":
                 self._observe("choose", call.mode, call.choose_s, FINE_BUCKETS_S)
             for attempt in call.attempts:
@@ -368,7 +375,7 @@ class Metrics:
 
 # name, first part of the counters' keys, labels (the rest of the keys), help
 COUNTERS = (
-    ("requests", "route", ("category", "mode", "outcome"), "Chat requests that ended"),
+    ("requests", "route", ("category", "mode", "dialect", "outcome"), "Requests that ended"),
     ("attempts", "attempt", ("model", "outcome"), "Tries of a model"),
     ("tokens", "tokens", ("model", "kind"), "Tokens as upstreams counted them"),
     ("cost_usd", "cost", ("model",), "US dollars, where the price is known"),

@@ -50,6 +50,7 @@ class Upstream:
     base_url: str
     api_key_env: str | None = None
     usage_in_streams: bool = True  # it may be asked for the usage of a stream
+    speaks: tuple[str, ...] = ("chat",)  # of the dialects
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,12 @@ class Model:
     tools: bool = True
     images: bool = True
     timeouts: Mapping[str, float] = field(default_factory=dict)
+    name: str = ""  # what its upstream calls it, where that is not the id
+
+    @property
+    def called(self) -> str:
+        """What its upstream calls it."""
+        return self.name or self.id
 
     @property
     def short(self) -> str:
@@ -117,6 +124,11 @@ class Table:
             )
         return found[0] if found else None
 
+    def twins(self, model: Model) -> tuple[Model, ...]:
+        """`model`, and behind it the same one at other upstreams, by its name there."""
+        same = [m for m in self.models.values() if m.called == model.called]
+        return (model, *(m for m in same if m.upstream != model.upstream))
+
     def labels(self) -> dict[str, str]:
         """{full id: short name}, or the full id where two models share a short name."""
         return {
@@ -143,6 +155,7 @@ class Table:
             "model_mappings": {name: [m.id for m in c.models] for name, c in categories},
             "keywords": {name: list(c.keywords) for name, c in categories},
             "model_costs": {id_: dict(m.cost) for id_, m in self.models.items() if m.cost},
+            "model_names": {id_: m.name for id_, m in self.models.items() if m.name},
             "default_category": self.default_category,
             "tools_routing": self.tools_routing,
             "agent_tool_count": self.agent_tool_count,
@@ -156,7 +169,7 @@ class Table:
             "daily_limit_usd": self.daily_limit_usd,
             "upstreams": {
                 u.name: {"base_url": u.base_url, "api_key_env": u.api_key_env,
-                         "usage_in_streams": u.usage_in_streams}
+                         "usage_in_streams": u.usage_in_streams, "speaks": list(u.speaks)}
                 for u in self.upstreams.values()
             },
             "warnings": list(self.warnings),
@@ -247,7 +260,8 @@ def _build_table(text: str, raw: Mapping[str, Any]) -> Table:
     }
     upstreams = {
         name: Upstream(name, _base_url(f"$.upstreams.{name}", u["base_url"], ENDPOINTS),
-                       u.get("api_key_env"), u.get("usage_in_streams", True))
+                       u.get("api_key_env"), u.get("usage_in_streams", True),
+                       tuple(u.get("speaks", ("chat",))))
         for name, u in raw["upstreams"].items()
     }  # fmt: skip
     ollama_url = _base_url("$.ollama", merged["ollama"]["base_url"], OLLAMA_ENDPOINTS)
@@ -299,7 +313,8 @@ def _build_model(id_: str, raw: Mapping[str, Any], upstreams: Mapping[str, Upstr
         near = hint(name, upstreams)
         raise RoutesError(f"$.models['{id_}'].upstream: is not in $.upstreams{near}")
     return Model(id_, upstreams[name], raw.get("cost"), raw.get("context"), raw.get("tools", True),
-                 raw.get("images", True), raw.get("timeouts_sec", {}))  # fmt: skip
+                 raw.get("images", True), raw.get("timeouts_sec", {}),
+                 raw.get("name", ""))  # fmt: skip
 
 
 def _full_ids(raw: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:

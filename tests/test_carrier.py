@@ -12,6 +12,7 @@ import pytest
 from helpers import wait_until
 
 from parts.carrier import Carried, Carrier
+from parts.dialects import ChatAnswer
 from parts.errors import Failure
 from parts.events import EventReader, shape_of
 
@@ -246,14 +247,14 @@ EVENT = b'data: {"choices":[{"delta":{"content":"%b"},"finish_reason":null}],"n"
     ],
 )
 def test_an_event_is_like_the_last_only_when_words_alone_differ(chunk, more):
-    reader = EventReader()
+    reader = EventReader(ChatAnswer.words, ChatAnswer("m").adds_words)
     reader.feed(EVENT % b"words")
 
     assert reader.is_more(chunk) is more
 
 
 def test_an_event_behind_half_of_another_is_not_like_the_last():
-    reader = EventReader()
+    reader = EventReader(ChatAnswer.words, ChatAnswer("m").adds_words)
     reader.feed(EVENT % b"words")
     reader.feed(b"data: {")
 
@@ -262,7 +263,7 @@ def test_an_event_behind_half_of_another_is_not_like_the_last():
 
 def test_an_event_without_choices_is_no_model_for_the_next():
     usage = b'data: {"choices":[],"usage":{"content":"%b"}}\n\n'
-    reader = EventReader()
+    reader = EventReader(ChatAnswer.words, ChatAnswer("m").adds_words)
     reader.feed(usage % b"words")
 
     assert not reader.is_more(usage % b"more")
@@ -270,4 +271,4 @@ def test_an_event_without_choices_is_no_model_for_the_next():
 
 @pytest.mark.parametrize("raw", [b"data: {}\n\n", EVENT % b"", EVENT % rb"\x", b'"content":"'])
 def test_an_event_without_plain_words_has_no_shape(raw):
-    assert shape_of(raw) is None
+    assert shape_of(raw, ChatAnswer.words) is None

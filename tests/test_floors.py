@@ -8,12 +8,13 @@ import pytest
 from conftest import ROOT
 
 FLOORS = (  # what stands on a floor knows what stands below, and nothing beside it
-    "addresses bootstrap demo errors jsontext logs prompts",
+    "addresses bootstrap demo errors jsontext logs lru prompts",
     # cluster is asked by livefile and by router.py, and is handed both: neither imports the other
     "chat cluster errortext flights livefile settings table worker",
-    "access exchange metrics",
+    "exchange metrics",
     "carrier events judge live",
-    "command relay",
+    "command dialects",
+    "access relay",
 )
 FLOOR = {name: n for n, names in enumerate(FLOORS) for name in names.split()}
 PARTS = sorted(path.stem for path in ROOT.glob("parts/*.py") if path.stem != "__init__")

@@ -33,6 +33,7 @@ from upstream import (
 
 import router as module
 from parts.chat import chat_of
+from parts.dialects import CHAT
 from parts.jsontext import parse_object
 from parts.judge import FINISHES, finish_kind
 
@@ -340,7 +341,7 @@ def test_usage_in_streams_false_says_it_beforehand(tmp_path, upstream):
 )  # fmt: skip
 def test_the_body_is_changed_no_more_than_it_has_to_be(text, usage, wanted):
     data = f"{{{text}}}".encode()
-    chat = chat_of(data, *parse_object(data))
+    chat = chat_of(data, *parse_object(data), CHAT)
 
     sent = b"".join(chat.for_model("m", usage)).decode()
 

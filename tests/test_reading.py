@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import router as module
-from parts.chat import chat_of, fits, request_schemas
+from parts.chat import chat_of, parse_body, request_schemas
+from parts.dialects import CHAT
 from parts.jsontext import depth_of, parse_object
 
 
 def chat_in(text: str) -> module.Chat:
-    return chat_of(text.encode(), *parse_object(text.encode()))
+    return chat_of(text.encode(), *parse_object(text.encode()), CHAT)
 
 
 def body_for(chat: module.Chat, model: str) -> str:
@@ -61,7 +62,7 @@ def test_depth_counts_every_level():
 )
 def test_what_is_no_object_is_a_400(text):
     with pytest.raises(module.RouterError) as caught:
-        module.parse_body(text.encode())
+        parse_body(text.encode())
 
     assert caught.value.status == 400
 
@@ -72,7 +73,7 @@ def test_a_whole_number_beyond_all_floats_is_a_400_wherever_it_stands(before, ma
     text = json.dumps({"a": "x" * before, "b": [1], "c": "3" * 400}).replace("[1]", "1" * many)
 
     try:
-        found = module.parse_body(text.encode())[1]["b"]
+        found = parse_body(text.encode())[1]["b"]
     except module.RouterError as e:
         assert e.status == status
     else:
@@ -131,4 +132,4 @@ BODY = st.fixed_dictionaries(
 @given(BODY)
 @settings(max_examples=500, derandomize=True, database=None, deadline=None)
 def test_the_quick_check_agrees_with_the_schema(body):
-    assert fits(body) == CHAT_SCHEMA.is_valid(body)
+    assert CHAT.fits(body) == CHAT_SCHEMA.is_valid(body)

@@ -184,7 +184,7 @@ def test_a_request_that_has_ended_leaves_nothing_for_the_collector(app, upstream
     upstream.default = script
     owner, calls = app.extensions["router"], []
     begin = owner.begin
-    owner.begin = lambda client: calls.append(weakref.ref(call := begin(client))) or call
+    owner.begin = lambda *args: calls.append(weakref.ref(call := begin(*args))) or call
     client = LocalClient(app)
     client.chat(**more)
     gc.collect()

@@ -20,6 +20,7 @@ from helpers import CHAT, close, figures, half_close, in_flight, pair_of_sockets
 from upstream import Upstream, chunk, events, hang, pieces, raw, stream, whole
 from werkzeug.test import EnvironBuilder
 
+from parts.dialects import ChatAnswer
 from parts.errors import Failure, Full
 from parts.events import MAX_EVENT, Event, EventReader, parse_event
 from parts.exchange import MAX_ANSWER, Endpoint, Reply, new_session, read_whole
@@ -175,7 +176,7 @@ LARGE_EVENTS = {
 
 @pytest.mark.parametrize("sent", LARGE_EVENTS.values(), ids=LARGE_EVENTS)
 def test_a_large_event_takes_at_most_four_times_its_bytes(sent):
-    reader, found = EventReader(), []
+    reader, found = EventReader(ChatAnswer.words, ChatAnswer("m").adds_words), []
     tracemalloc.start()
     for piece in in_pieces(sent, 65536):
         found += reader.feed(piece)
