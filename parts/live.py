@@ -1,4 +1,4 @@
-"""`check --live`: asks each upstream for its models, and Ollama for its own; it costs nothing."""
+"""`check --live`: asks each upstream for its models and formats, Ollama for its own; it is free."""
 
 from __future__ import annotations
 
@@ -40,13 +40,14 @@ def ask_all(settings: Settings, table: Table) -> list[Finding]:
         return found + ([] if table.mode == "keywords" else list(_ollama(session, table)))
 
 
-def _get(session: requests.Session, url: str, key: str = "") -> Told:
-    """Status and JSON (None: no JSON) of a GET; requests' exceptions."""
+def _get(session: requests.Session, url: str, key: str = "", method: str = "GET") -> Told:
+    """Status and JSON (None: no JSON) of a GET, or of a POST of {}; requests' exceptions."""
     host = urlsplit(url).hostname or ""
     proxies = {} if is_loopback(host) else requests.utils.get_environ_proxies(url)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    with session.get(url, headers=headers, timeout=ASK_S, proxies=proxies,
-                     allow_redirects=False, stream=True) as reply:  # fmt: skip
+    with session.request(method, url, headers=headers, timeout=ASK_S, proxies=proxies,
+                         json={} if method == "POST" else None,
+                         allow_redirects=False, stream=True) as reply:  # fmt: skip
         data = reply.raw.read(MOST, decode_content=True)
         return reply.status_code, parse_loosely(data)
 
@@ -73,15 +74,39 @@ def _upstream(session: requests.Session, settings: Settings, table: Table,
         return
     known = sorted({str(m.get("id")) for m in _listed(body) if isinstance(m, dict)})
     wanted = [
-        m.id for m in table.models.values() if m.upstream == upstream and m.id in table.chain_ids
+        m for m in table.models.values() if m.upstream == upstream and m.id in table.chain_ids
     ]
     money = _money(session, upstream, key)
     says = f"{len(known)} models at {upstream.base_url}"
     yield money or Finding(upstream.name, "fine", says, True)
-    for id_ in wanted:
-        if id_ not in known and f"{id_}:latest" not in known:
-            text = f"{upstream.name} does not list it{hint(id_, known)}"
-            yield Finding(id_, "unknown", text, False)
+    yield from _formats(session, upstream, key)
+    for model in wanted:
+        if model.called not in known and f"{model.called}:latest" not in known:
+            text = f"{upstream.name} does not list {model.called}{hint(model.called, known)}"
+            yield Finding(model.id, "unknown", text, False)
+
+
+# In each format a request that nobody can answer, so that it costs nothing: what is told of it
+# tells whether the path is known.
+ENDPOINTS = {"messages": "/messages", "responses": "/responses", "embeddings": "/embeddings"}
+UNKNOWN_PATH = (404, 405, 410, 501)
+
+
+def _formats(session: requests.Session, upstream: Upstream, key: str) -> Iterator[Finding]:
+    """The formats that routes.json and the upstream itself do not agree on."""
+    for name, path in ENDPOINTS.items():
+        try:
+            status, _ = _get(session, upstream.base_url + path, key, method="POST")
+        except requests.RequestException:
+            continue
+        speaks, listed = status not in UNKNOWN_PATH and status < 500, name in upstream.speaks
+        what = f"{upstream.name} {name}"
+        if listed and status in UNKNOWN_PATH:
+            text = f"{upstream.base_url}{path} is not there ({status}): take {name} out of `speaks`"
+            yield Finding(what, "unspoken", text, False)
+        elif speaks and not listed:
+            text = f"{upstream.base_url}{path} is there: `speaks` may name {name}"
+            yield Finding(what, "possible", text, True)
 
 
 def _trouble(upstream: Upstream, url: str, status: int, body: Any) -> Finding | None:

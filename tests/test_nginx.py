@@ -203,6 +203,16 @@ def test_a_body_over_16_mb_is_a_json_413(nginx, size, body):
     assert reply.json["error"]["code"] == "request_too_large"
 
 
+@pytest.mark.parametrize("path", ["/v1/messages?beta=true", "/v1/messages/count_tokens"])
+def test_clients_of_messages_are_refused_in_their_own_envelope(nginx, path):
+    size = f"Content-Length: {16 * 2**20 + 1}"
+    reply = answer_to(nginx, head_of("POST", path, TYPED, size, "Connection: close"))
+
+    assert reply.status == 413
+    assert reply.json["type"] == "error"
+    assert reply.json["error"]["type"] == "request_too_large"
+
+
 def test_a_body_just_under_16_mb_reaches_the_model(nginx, upstream):
     text = "a" * (16 * 2**20 - 200)
 

@@ -362,7 +362,30 @@ def test_live_says_what_is_wrong_with_an_upstream(tmp_path, upstream, answers, s
 
     assert words in done.stdout
     assert done.returncode == status
-    assert {request.method for request in upstream.requests} == {"GET"}
+    asked = [request for request in upstream.requests if request.method != "GET"]
+    assert {request.raw for request in asked} <= {b"{}"}  # which no model answers
+
+
+@pytest.mark.parametrize(
+    ("answer", "speaks", "status", "words"),
+    [
+        (error(404), ["chat", "messages"], 1, "take messages out of `speaks`"),
+        (error(405), ["messages"], 1, "take messages out of `speaks`"),
+        (error(400, "model: Field required"), ["chat"], 0, "`speaks` may name messages"),
+        (error(422), ["chat", "messages"], 0, "2 models at"),
+    ],
+)
+def test_live_says_which_formats_an_upstream_speaks(
+    tmp_path, upstream, answer, speaks, status, words
+):
+    upstream.default = by_path(models=plain(200, models("acme/one", "acme/two")), messages=answer)
+    routes = small_routes(upstream.url)
+    routes["upstreams"]["local"]["speaks"] = speaks
+
+    done = live(tmp_path, routes)
+
+    assert words in done.stdout
+    assert done.returncode == status
 
 
 def test_live_says_that_a_key_is_missing_or_a_host_away(tmp_path):
