@@ -210,7 +210,7 @@ def chat_of(data: bytes, text: str, body: dict[str, Any], members: list[Member],
             Member(m.key, *(len(text[:at].encode()) for at in (m.start, m.value, m.end)))
             for m in members
         ]
-    return Chat(data, body, members, dialect, bool(body.get("stream")))
+    return Chat(data, body, members, dialect, dialect.streams and bool(body.get("stream")))
 
 
 def is_parts(value: Any) -> bool:

@@ -325,6 +325,9 @@ def _is_said(block: Any) -> bool:
     return kind is not None
 
 
+BEGINNINGS = ("response.created", "response.queued", "response.in_progress")
+
+
 class ResponsesAnswer(Answer):
     """A response of OpenAI's Responses API."""
 
@@ -339,7 +342,10 @@ class ResponsesAnswer(Answer):
         if kind.endswith(".delta"):
             if said.get("delta"):
                 self._content()
-        elif kind == "response.output_item.added":
+            return self._count(said)
+        if kind.startswith("response.") and kind not in BEGINNINGS:
+            self.came = True  # a search goes on, a part is done: the model is at work
+        if kind == "response.output_item.added":
             item = said.get("item")
             if isinstance(item, dict) and str(item.get("type")).endswith("_call"):
                 self._content()
@@ -350,6 +356,9 @@ class ResponsesAnswer(Answer):
             self._note_response(said["response"], kind.removeprefix("response."))
         elif told := error_of(said):
             raise failure_from(200, told)
+        return self._count(said)
+
+    def _count(self, said: Mapping[str, Any]) -> None:
         number = said.get("sequence_number")
         if isinstance(number, int):  # of an event that is passed on
             self._number = number
@@ -357,11 +366,11 @@ class ResponsesAnswer(Answer):
     def _note_response(self, response: Mapping[str, Any], state: str) -> None:
         self._head = self._head or response
         self.id = self.id or str(response.get("id") or "")
-        error = response.get("error")
-        if state in ("failed", "cancelled") or error:
-            raise failure_from(200, {"error": error or {"message": f"the response {state}"}})
+        error, status = response.get("error"), response.get("status")
         if isinstance(response.get("usage"), dict):
             self.usage = response["usage"]
+        if error or not {"failed", "cancelled"}.isdisjoint((state, status)):
+            raise failure_from(200, {"error": error or {"message": f"the response is {status}"}})
         if state not in ("completed", "incomplete"):
             return
         if _has_output(response.get("output")):
@@ -489,6 +498,7 @@ class Dialect:
     schema = "ChatRequest"  # in openapi.json
     answer: type[Answer] = ChatAnswer
     passed_headers: tuple[str, ...] = ()  # of the client's; with them goes the query
+    streams = True  # where the client wants it
     is_counted = True  # in the figures
     needs_choosing = True  # a category may be chosen by what was said
     adds_usage = True  # `stream_options` may be set
@@ -608,6 +618,7 @@ class CountTokens(Messages):
     paths = ("/v1/messages/count_tokens",)
     endpoint = "/messages/count_tokens"
     answer = CountAnswer
+    streams = False
     is_counted = False
 
     @property
@@ -698,6 +709,7 @@ class Embeddings(Dialect):
     endpoint = "/embeddings"
     schema = "EmbeddingsRequest"
     answer = EmbeddingsAnswer
+    streams = False
     needs_choosing = False
     adds_usage = False
 

@@ -250,6 +250,29 @@ def test_a_failed_response_goes_on_with_its_id_and_its_numbers(client, upstream)
     assert said[-1]["response"]["error"]["code"] == "server_error"
 
 
+def test_a_response_that_ends_failed_is_no_good_end_and_its_tokens_are_paid_for(client, upstream):
+    form = FORMATS["responses"]
+    failed = form.head("failed", usage={"input_tokens": 50, "output_tokens": 1})
+    upstream.scripts = {"acme/one": pieces([event("response.completed", response=failed)])}
+
+    answer = ask(client, form, stream=True)
+
+    assert answer.headers["X-Router-Model"] == "acme/two"
+    assert figures(client)["models"]["acme/one"]["tokens"]["input"] == 2 * 50  # asked twice
+
+
+def test_a_search_of_the_models_is_no_silence(build, upstream):
+    client = build(upstreams=speaking(upstream), timeouts_sec={"idle": 0.4, "total": 20})
+    form = FORMATS["responses"]
+    call = {"type": "web_search_call", "id": "w"}
+    parts: list[Any] = [event("response.output_item.added", output_index=0, item=call)]
+    for _ in range(4):
+        parts += [0.3, event("response.web_search_call.searching", item_id="w")]
+    upstream.default = pieces([*parts, 0.3, *form.begun(["found"]), *form.end()])
+
+    assert form.read_stream(ask(client, form, stream=True).data) == ("found", "", True)
+
+
 def test_a_message_without_its_last_event_gets_it(client, upstream):
     form = FORMATS["messages"]
     upstream.default = pieces([*form.begun(["Hello"]), *form.end()[:-1]])
@@ -613,11 +636,12 @@ def test_vectors_come_from_the_model_that_is_named_or_its_twin(build, upstream):
     assert upstream.models_asked() == ["v"] * 3
 
 
-def test_a_category_that_is_named_is_walked_for_vectors(client, upstream):
+@pytest.mark.parametrize("more", [{}, {"stream": True}])
+def test_a_category_that_is_named_is_walked_for_vectors(client, upstream, more):
     upstream.scripts = {"acme/one": plain(200, b'{"error": {"message": "no"}}')}
     upstream.default = plain(200, VECTORS)
 
-    answer = client.post("/embeddings", {"model": "router/conversation", "input": "a"})
+    answer = client.post("/embeddings", {"model": "router/conversation", "input": "a", **more})
 
     assert answer.headers["X-Router-Model"] == "acme/two"
 
