@@ -597,7 +597,7 @@ class Messages(Dialect):
         """In Anthropic's envelope, with statuses that Claude Code takes well.
 
         It shows a 404 as trouble with the model's name and hides our words. On 401, 429 and 5xx it
-        tries for minutes unless it is told not to.
+        tries for minutes unless it is told not to, and on an `overloaded_error` even then.
         """
         status, kind = e.status, e.error["type"]
         status = 503 if kind == "all_models_failed" else status
@@ -607,6 +607,8 @@ class Messages(Dialect):
         e.headers["request-id"] = id_
         is_bad = status in (400, 405, 409, 412, 415, 422)
         told = "invalid_request_error" if is_bad else MESSAGES_TYPES.get(status, "api_error")
+        if told == "overloaded_error" and e.headers.get("x-should-retry") == "false":
+            told = "api_error"
         body = {"type": "error", "error": {**e.error, "type": told}, "request_id": id_}
         return status, body | ({} if e.detail is None else {"detail": e.detail})
 
