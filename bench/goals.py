@@ -23,6 +23,15 @@ def rate_over(other: str) -> Any:
     return value
 
 
+def over_chat(name: str) -> Any:
+    """A goal's value: the requests/s of another format over those of chat in the same round."""
+
+    def value(mine: dict[str, Any], all_: dict[str, dict[str, Any]]) -> float:
+        return median(ratio(f, c) for f, c in zip(all_[name]["rates"], mine["rates"], strict=True))
+
+    return value
+
+
 def plus(figure: str) -> Any:
     """A goal's value: a figure of the router over that of the upstream asked directly."""
     return lambda mine, all_: mine[figure] - all_["direct"][figure]
@@ -41,6 +50,8 @@ GOALS: list[tuple[str, str, str, float, Any]] = [  # contest, words, direction, 
     ("alone", "added p50, ms", "<=", 0.65, plus("p50_ms")),
     ("agent", "requests/s over LiteLLM", ">=", 12, rate_over("litellm")),
     ("agent", "requests/s over Portkey", ">=", 3, rate_over("portkey")),
+    ("formats", "requests/s of Messages over chat", ">=", 0.85, over_chat("router messages")),
+    ("formats", "requests/s of Responses over chat", ">=", 0.85, over_chat("router responses")),
     ("streams", "share of whole streams", ">=", 1, lambda mine, _: mine["whole"] / mine["streams"]),
     ("streams", "added delay of an event, p99, ms", "<=", 2, plus("p99_ms")),
     ("streams", "added to the first event, p50, ms", "<=", 2, plus("first_ms")),

@@ -91,6 +91,17 @@ def small_body(model: str, **more: Any) -> bytes:
     return padded(chat, 1024)
 
 
+def in_format(path: str, body: bytes) -> bytes:
+    """The same chat as the format of `path` has it."""
+    chat = json.loads(body)
+    if path.endswith("/messages"):
+        system, *turns = chat["messages"]
+        chat |= {"system": system["content"], "messages": turns, "max_tokens": 1000}
+    elif path.endswith("/responses"):
+        chat["input"] = chat.pop("messages")
+    return json.dumps(chat).encode()
+
+
 def agent_body(model: str) -> bytes:
     """An agent's turn of 200 KB: 40 messages, among them tool calls and results, and 20 tools."""
     prose = Prose()

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,18 @@ CHOICE = {"index": 0, "message": {"role": "assistant", "content": SAID}, "finish
 USAGE = {"prompt_tokens": 250, "completion_tokens": 60, "total_tokens": 310}
 ANSWER = json.dumps({"id": "chatcmpl-bench", "object": "chat.completion", "created": 1795410824,
                      "model": "bench", "choices": [CHOICE], "usage": USAGE})  # fmt: skip
+SAID_AS = {"type": "output_text", "text": SAID, "annotations": []}
+ANSWERS = {  # the same words and counts in each format
+    "/v1/chat/completions": ANSWER,
+    "/v1/messages": json.dumps({
+        "id": "msg_bench", "type": "message", "role": "assistant", "model": "bench",
+        "content": [{"type": "text", "text": SAID}], "stop_reason": "end_turn",
+        "usage": {"input_tokens": 20, "output_tokens": 60}}),
+    "/v1/responses": json.dumps({
+        "id": "resp_bench", "object": "response", "status": "completed", "model": "bench",
+        "output": [{"type": "message", "role": "assistant", "content": [SAID_AS]}],
+        "usage": {"input_tokens": 20, "output_tokens": 60, "total_tokens": 80}}),
+}  # fmt: skip
 NGINX_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin"
 NGINX = """
 {user}worker_processes 1;
@@ -52,9 +64,8 @@ ANSWERING = """
     server {{
         listen 127.0.0.1:{port} backlog=4096;
         default_type application/json;
-        location / {{ mirror /read; try_files /none @answer; }}
         location = /read {{ internal; return 204; }}
-        location @answer {{ return 200 '{answer}'; }}
+        {answers}
     }}
 """
 PROXYING = """
@@ -114,6 +125,13 @@ class Contestant:
         return {"Content-Type": "application/json", **self.headers}
 
 
+def in_formats(who: Contestant) -> list[Contestant]:
+    """The same program, asked in each format; chat goes by its own name."""
+    paths = {path.rpartition("/")[2]: path for path in ANSWERS}
+    return [replace(who, name=who.name if path == who.path else f"{who.name} {name}", path=path)
+            for name, path in paths.items()]  # fmt: skip
+
+
 def ready(stage: Stage, who: Contestant, seconds: float = 90) -> Contestant:
     """Wait until the contestant answers a chat, and see that it is the upstream's answer."""
     deadline, last = time.monotonic() + seconds, ""
@@ -136,7 +154,12 @@ def upstream(stage: Stage, name: str = "direct") -> Contestant:
     """Answers every chat at once with the same bytes: nginx, or Python where there is none."""
     folder, port = stage.folder(name), free_port()
     if shutil.which("nginx", path=NGINX_PATH):
-        site = ANSWERING.format(port=port, answer=ANSWER)
+        answers = "".join(
+            f"location {path} {{ mirror /read; try_files /none @answer{n}; }}\n"
+            f"location @answer{n} {{ return 200 '{answer}'; }}\n"
+            for n, (path, answer) in enumerate(ANSWERS.items())
+        )
+        site = ANSWERING.format(port=port, answers=answers)
         pid = start_nginx(stage, folder, site, LOADING)
     else:
         command = [sys.executable, HERE / "sse.py", "serve", "--port", str(port)]
@@ -200,10 +223,13 @@ def routes_for(up: Contestant, checkout: Path) -> dict[str, Any]:
     """The shipped routes.json with one local upstream and keywords alone."""
     shipped = json.loads((checkout / "routes.json").read_text())
     categories = shipped["categories"].items()
+    local = {"base_url": up.base + "/v1", "api_key_env": "TEST_API_KEY"}
+    if (checkout / "parts/dialects.py").exists():  # older ones refuse the key
+        local["speaks"] = ["chat", "messages", "responses"]
     return {
         **{key: shipped[key] for key in ("default_category", "circuit_breaker", "timeouts_sec")},
         "routing_mode": "keywords",
-        "upstreams": {"local": {"base_url": up.base + "/v1", "api_key_env": "TEST_API_KEY"}},
+        "upstreams": {"local": local},
         "models": {id_: {"cost": {"input": 1.0, "output": 2.0}} for id_ in CHAIN},
         "categories": {name: {**category, "models": CHAIN} for name, category in categories},
     }

@@ -6,6 +6,7 @@
 small    1 KB bodies, an upstream without delay, 16 connections
 alone    the same on one connection: what a request costs in time
 agent    200 KB bodies (40 messages, 20 tools), 8 connections
+formats  1 KB bodies, 16 connections: the router in chat, Messages and Responses
 streams  many parallel streams of server-sent events: the delay of each event   (bench/streams.py)
 memory   PSS after load, and while streams are open         (bench/size.py)
 start    from the execution of gunicorn to the first answer                     (bench/size.py)
@@ -38,17 +39,18 @@ import servers
 import size
 import streams
 from goals import Figures, goal_rows, ratio
-from load import Load, agent_body, need_wrk, small_body, wrk
+from load import Load, agent_body, in_format, need_wrk, small_body, wrk
 from processes import Stage, memory_mib
 from servers import Contestant
 
-CONTESTS = ("small", "alone", "agent", "streams", "memory", "start", "growth")
+CONTESTS = ("small", "alone", "agent", "formats", "streams", "memory", "start", "growth")
 QUICK = CONTESTS[:-1]
 ON_DEMAND = ("million",)  # takes 15 minutes
 LOADS = {  # contest: body, connections, who takes no part, who else does not in a quick run
     "small": (small_body, 16, (), ("flask",)),
     "alone": (small_body, 1, ("flask",), ("constant", "nginx")),
     "agent": (agent_body, 8, ("constant", "flask"), ("nginx",)),
+    "formats": (small_body, 16, (), ()),
 }
 
 
@@ -73,10 +75,13 @@ def loads(stage: Stage, args: argparse.Namespace, figures: Figures) -> None:
         body, connections, absent, absent_too = LOADS[contest]
         absent += absent_too if args.quick else ()
         here = [who for who in everyone if who.name not in absent]
+        if contest == "formats":
+            here = [in_path for who in everyone if who.name in args.routers
+                    for in_path in servers.in_formats(who)]  # fmt: skip
         turns: dict[str, list[Load]] = {who.name: [] for who in here}
         for n in range(args.rounds):
             for who in here[n % len(here) :] + here[: n % len(here)]:
-                request = body(who.model)
+                request = in_format(who.path, body(who.model))
                 if warm := warming(args.quick, n, contest == wanted[0]):
                     wrk(who, request, connections, warm, stage.root)
                 turn = wrk(who, request, connections, args.seconds, stage.root)
