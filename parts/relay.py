@@ -86,7 +86,7 @@ class Relay:
         self._begun: set[int] = set()  # choices that have no finish_reason yet, and those that have
         self._finished: set[int] = set()
         self._came = False  # something that the client gets came since it was last looked at
-        self._arguments: dict[tuple[Any, ...], str] = {}  # of tool calls, in whole-answer mode
+        self._arguments: dict[tuple[Any, ...], list[str]] = {}  # of tool calls, in whole mode
         self._call: dict[tuple[Any, ...], tuple[Any, ...]] = {}  # where more arguments belong
 
     @property
@@ -152,10 +152,11 @@ class Relay:
 
     def _first_of_stream(self) -> bytes:
         """The first bytes. What they are decides, not what the head calls them."""
-        data = self.reply.read1()
-        while data and not data.strip() and (more := self.reply.read1()):
-            data += more
-        if data.removeprefix(BOM).lstrip()[:1] in (b"{", b"["):
+        data, more = b"", b"."
+        while more and BOM.startswith(data):  # or less than that has come
+            more = self.reply.read1()
+            data = (data + more).lstrip().removeprefix(BOM).lstrip()
+        if data[:1] in (b"{", b"["):
             body = parse_loosely(data + read_whole(self.reply))
             if isinstance(body, dict) and choices_of(body) and not error_of(body):
                 raise Failure("not_an_answer", "no stream", 200)
@@ -221,7 +222,10 @@ class Relay:
                 self._note_finish(index, reason)
 
     def _note_finish(self, index: int, reason: str) -> None:
-        self._came, self._finish = True, FINISHES.get(reason) or finish_kind(reason)
+        kind = FINISHES.get(reason) or finish_kind(reason)
+        if kind == "open":
+            return
+        self._came, self._finish = True, kind
         if self._finish == "failed":
             raise Failure("cut", f"finish_reason {reason[:40]}", 200)
         if self._finish == "unknown" and reason not in UNKNOWN and len(UNKNOWN) < 100:
@@ -244,10 +248,11 @@ class Relay:
                 key = (choice, n, "whole")
             elif key is None or (id_ and key[-1] != id_):
                 key = self._call[place] = (*place, len(self._arguments), id_)
-            self._arguments[key] = self._arguments.get(key, "") + text
+            self._arguments.setdefault(key, []).append(text)
 
     def _check_arguments(self) -> None:
-        half = any(a.strip() and parse_loosely(a) is None for a in self._arguments.values())
+        told = ["".join(pieces) for pieces in self._arguments.values()]
+        half = any(a.strip() and parse_loosely(a) is None for a in told)
         if half and self._finish != "length":
             raise Failure("cut", "half a tool call", 200)
 
