@@ -1060,7 +1060,7 @@ class Router:
         """What came of an attempt; what it read is kept only where it may be passed on yet."""
         attempt.outcome, attempt.status = failure.outcome, failure.status
         attempt.why = sentence(attempt.model, failure, self._scrubbed(failure.message))
-        failure.attempt = attempt
+        failure.bare().attempt = attempt
         if relay:
             attempt.price(relay.usage)
             failure.relay = relay if failure.outcome == "empty" else None

@@ -177,7 +177,7 @@ class Soak:
                     sock.sendall(chat_to("conversation", stream=stream))
                     came = read_answer(sock, SAID)
                     self.booked["maybe" if came == "nothing" else "surely"] += 1
-        return came
+        return self.chat() if came == "nothing" else came  # it may be closed while it rests
 
     def leaves_in_head(self) -> str:
         with self.connect() as sock:

@@ -271,7 +271,7 @@ class Relay:
             if not self.done and not self.failure:
                 yield from self._go_on(carrier, client, chunked)
         except Failure as e:
-            self.failure = e
+            self.failure = e.bare()
         except Exception:  # noqa: BLE001  a bug of ours; the client must learn that this is no end
             log.error("internal_error", {"where": where_it_broke()})
             self.failure = Failure("internal_error")
@@ -339,7 +339,7 @@ class Relay:
                 if self.done:
                     break
         except Failure as e:
-            self.failure = e
+            self.failure = e.bare()
         return b"".join(out)
 
     def _last(self) -> Iterator[bytes]:

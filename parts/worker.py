@@ -237,9 +237,11 @@ class Parser(RequestParser):
         data = self.unreader.buf.getvalue()
         try:
             data = data or self._sock.recv(8192, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
         except OSError as e:
             self._next = e
-            return not isinstance(e, BlockingIOError)
+            return True
         end = data.find(b"\r\n\r\n", 0, MAX_ORDINARY) + 4
         request = self._base and read_ordinary(data, end, self._base, self.cfg.limit_request_fields)
         if not request:

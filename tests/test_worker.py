@@ -32,7 +32,7 @@ from gunicorn.config import Config
 from gunicorn.http import RequestParser, wsgi
 from gunicorn.http.errors import InvalidHeader, InvalidHeaderName, ParseException
 from gunicorn.workers.gthread import TConn
-from helpers import CLOSED, answer_to
+from helpers import CLOSED, answer_to, pair_of_sockets
 from upstream import DONE, Upstream, chunk, events, pieces
 
 from parts import worker
@@ -616,6 +616,22 @@ def parsers(data: bytes) -> tuple[Any, Any]:
         there.close()
         found.append(make(here))
     return found[0], found[1]
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HT", b"GET /a?b HTTP/1.1\r\n"])
+def test_a_connection_that_ends_while_it_waits_leaves_nothing_for_the_collector(sent):
+    gc.disable()
+    try:
+        with pair_of_sockets() as (here, there):
+            there.sendall(sent)
+            parser = worker.Parser(Config(), TConn(Config(), here, *ADDRESSES), BASE)
+            came = [parser.has_head(), parser.has_head()]
+            left = weakref.ref(parser)
+            del parser
+    finally:
+        gc.enable()
+
+    assert (came, left()) == ([False, False], None)
 
 
 def read_as_gunicorn(data: bytes) -> None:
