@@ -331,7 +331,7 @@ def test_whatever_keeps_a_connection_from_being_accepted_passes(direct, pairs, n
 
 def test_once_all_is_idle_memory_is_given_back(direct, pairs, monkeypatch):
     given: list[bool] = []
-    monkeypatch.setattr(worker, "give_back_memory", lambda: given.append(True))
+    monkeypatch.setattr(worker, "give_back_memory", lambda collect: given.append(collect))
     conn, _ = pairs(direct, 60)
     direct.idle, direct.is_untidy = {}, True  # it is being served
 
@@ -344,6 +344,18 @@ def test_once_all_is_idle_memory_is_given_back(direct, pairs, monkeypatch):
         direct.murder_keepalived()
         direct.look_at = 0.0
     assert given == [True]
+
+
+def test_while_something_is_served_freed_memory_is_given_back_now_and_then(direct, monkeypatch):
+    given: list[bool] = []
+    monkeypatch.setattr(worker, "give_back_memory", lambda collect: given.append(collect))
+    direct.open, direct.is_untidy, direct.trim_at = {object()}, True, time.monotonic()
+
+    direct.murder_keepalived()
+    direct.look_at, direct.is_untidy = 0.0, True
+    direct.murder_keepalived()
+
+    assert given == [False]  # without a look for garbage, which streams would wait for
 
 
 def test_memory_is_given_back_with_all_that_only_knows_itself():
