@@ -19,7 +19,7 @@ from typing import Any
 
 log = logging.getLogger("llm_router")
 
-READER_S = 0.5  # for whoever reads our log to make room in its pipe
+READER_S = 1.0  # for whoever reads our log to make room in its pipe
 STUCK_S = 60.0  # and so long after it did not there is no waiting again
 
 
