@@ -429,6 +429,7 @@ def read_told(reply: Reply) -> bytes:
     return unpacked(bytes(data[:MAX_ERROR]), reply.headers.get("content-encoding", ""))
 
 
+TOLD_S = 2.0  # for the text of an error, which comes with its head; the status says enough
 # Real codings; `none`, `utf-8` and the like are words of servers for no coding at all.
 CODINGS = re.compile(r"gzip|deflate|compress|\bbr\b|zstd")
 
@@ -441,9 +442,11 @@ def check_head(reply: Reply) -> None:
     if status < 300:
         said = "compressed, though it was not asked for" if status <= 203 else f"status {status}"
         raise Failure("not_an_answer", said, status)
+    flight = reply.flight
+    flight.due = min(flight.due, (flight.clock() + TOLD_S, "told"))
     data = read_told(reply)
-    if reply.flight.why:
-        raise Failure(reply.flight.why, status=status)
+    if flight.why in ("client_left", "total"):
+        raise Failure(flight.why, status=status)
     failure = failure_from(status, data, reply.headers)
     failure.names_usage = b"stream_options" in data or b"include_usage" in data
     raise failure

@@ -152,11 +152,14 @@ class Relay:
 
     def _first_of_stream(self) -> bytes:
         """The first bytes. What they are decides, not what the head calls them."""
-        data, more = b"", b"."
-        while more and BOM.startswith(data):  # or less than that has come
-            more = self.reply.read1()
-            data = (data + more).lstrip().removeprefix(BOM).lstrip()
-        if data[:1] in (b"{", b"["):
+        held, says_nothing = bytearray(), True
+        while says_nothing and (more := self.reply.read1()):
+            held += more
+            says_nothing = not more.strip() or BOM.startswith(held)
+            if len(held) > MAX_ANSWER:
+                raise Failure("not_an_answer", "blanks", 200)
+        data = bytes(held).removeprefix(BOM)
+        if data.lstrip()[:1] in (b"{", b"["):
             body = parse_loosely(data + read_whole(self.reply))
             if isinstance(body, dict) and choices_of(body) and not error_of(body):
                 raise Failure("not_an_answer", "no stream", 200)

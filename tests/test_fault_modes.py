@@ -241,7 +241,6 @@ HANGS: dict[str, Script] = {
     "closing-in-chunks": answer(f"{CLOSING}\n{CHUNKS}", b"", "hang"),
     "closing-with-neither": answer(CLOSING, b"", "hang"),
     "http-1.0": raw(b"HTTP/1.0 200 OK\r\nContent-Length: 900\r\n\r\n", "hang"),
-    "a-refusal": answer(CLOSING.replace("200", "503") + "\nContent-Length: 900", b"{", "hang"),
 }
 TIMED = [("answer", False), ("first_token", True)]
 

@@ -156,6 +156,22 @@ def test_done_behind_an_answer_without_a_finish_reason_is_an_end_in_whole_mode(c
     assert (answer.headers["X-Router-Model"], words_of(answer.data)) == ("acme/one", "fine")
 
 
+@pytest.mark.parametrize(("limit_s", "most_s"), [(0.5, 2.0), (30, 4.0)])
+@pytest.mark.parametrize(("status", "outcome"), [(401, "unauthorized"), (503, "server_error")])
+def test_the_status_is_the_verdict_though_its_text_never_ends(
+    build, upstream, status, outcome, limit_s, most_s
+):
+    client = build(timeouts_sec={**PATIENT, "answer": limit_s})
+    head = f"HTTP/1.1 {status} X\r\nContent-Length: 900\r\n\r\n{{"
+    upstream.scripts |= {"acme/one": raw(head.encode(), "hang"), "acme/two": GOOD}
+    began = time.monotonic()
+
+    client.chat()
+
+    assert time.monotonic() - began < most_s
+    assert last_attempts(client)[0] == ("acme/one", outcome)
+
+
 # --- errors in disguise ----
 
 
@@ -267,7 +283,7 @@ def test_a_whole_answer_with_something_around_it_is_one(client, upstream, body):
     assert client.chat().json["choices"] == answer_body("fine")["choices"]
 
 
-@pytest.mark.parametrize("before", [b"\xef\xbb\xbf", b"\n\n\xef\xbb\xbf", b" \n" * 100_000])
+@pytest.mark.parametrize("before", [b"\xef\xbb\xbf", b"\n" * 1000])
 def test_nothing_of_a_stream_is_lost_behind_a_bom_or_blank_lines(client, upstream, before):
     words = b"".join(chunk({"content": word}) for word in "ab") + DONE
     upstream.scripts["acme/one"] = pieces([before[:1], before[1:] + words])
