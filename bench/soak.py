@@ -80,6 +80,15 @@ AFTER = {
     "error-late": pieces([*BEGUN, b'data: {"error": {"message": "broke", "code": 500}}\n\n']),
 }
 
+# The other kinds, methods of `Soak`, and what may come of them while nothing runs out.
+OTHERS = {
+    "held streamed large_body slow_reader two_in_a_row edit figures health dry_run": "complete",
+    "alone bad_body too_large unknown_route": "error",
+    "leaves_in_head leaves_in_body leaves_waiting leaves_in_stream leaves_with_reset "
+    "edit_by_hand": "left",
+    "says_nothing says_half_a_head": "left complete",
+}
+
 
 def good(peer: Peer, request: Request) -> Any:
     """A stream with pauses, or a whole answer."""
@@ -122,11 +131,14 @@ class Soak:
                 sock.sendall(data[at : at + 100_000])
             return read_answer(sock, expected, slowly)
 
-    def chat(self, category: str = "conversation", expected: str = SAID, slowly: bool = False,
-             headers: tuple[str, ...] = (), **more: Any) -> str:  # fmt: skip
-        came = self.ask(chat_to(category, *headers, **more), expected, slowly)
+    def counted(self, came: str) -> str:
+        """What came of a request that the service counts, unless it may not have seen it."""
         self.booked["maybe" if came == "nothing" else "surely"] += 1
         return came
+
+    def chat(self, category: str = "conversation", expected: str = SAID, slowly: bool = False,
+             headers: tuple[str, ...] = (), **more: Any) -> str:  # fmt: skip
+        return self.counted(self.ask(chat_to(category, *headers, **more), expected, slowly))
 
     @contextlib.contextmanager
     def left(self, data: bytes, surely: bool = True) -> Iterator[socket.socket]:
@@ -162,9 +174,7 @@ class Soak:
 
     def bad_body(self) -> str:
         body = random.choice((b"{", b'{"messages": 1}', b'{"messages": [], "top_p": 1e999}', b"[]"))
-        came = self.ask(head_of("POST", CHAT, body=body))
-        self.booked["maybe" if came == "nothing" else "surely"] += 1
-        return came
+        return self.counted(self.ask(head_of("POST", CHAT, body=body)))
 
     def too_large(self) -> str:
         return self.chat(text="word " * 500_000)
@@ -175,8 +185,7 @@ class Soak:
             for stream in (True, False):
                 if came == "complete":
                     sock.sendall(chat_to("conversation", stream=stream))
-                    came = read_answer(sock, SAID)
-                    self.booked["maybe" if came == "nothing" else "surely"] += 1
+                    came = self.counted(read_answer(sock, SAID))
         return self.chat() if came == "nothing" else came  # it may be closed while it rests
 
     def leaves_in_head(self) -> str:
@@ -255,9 +264,7 @@ class Soak:
         return self.ask(head_of("POST", "/route", body=b'{"text": "hello"}'), "")
 
     def unknown_route(self) -> str:
-        came = self.ask(head_of("GET", "/v2/nothing"), "")
-        self.booked["maybe" if came == "nothing" else "surely"] += 1
-        return came
+        return self.counted(self.ask(head_of("GET", "/v2/nothing"), ""))
 
     def kinds(self) -> dict[str, tuple[Callable[[], str], set[str]]]:
         """Each kind, and what may come of it while nothing runs out."""
@@ -266,32 +273,11 @@ class Soak:
             found[name] = lambda name=name: self.fault(name), {"complete"}
         for name in AFTER:
             found[name] = lambda name=name: self.begun(name), {"complete", "error"}
-        for kind in (
-            self.held,
-            self.streamed,
-            self.large_body,
-            self.slow_reader,
-            self.two_in_a_row,
-            self.edit,
-            self.figures,
-            self.health,
-            self.dry_run,
-        ):
-            found[kind.__name__] = kind, {"complete"}
-        for kind in (self.alone, self.bad_body, self.too_large, self.unknown_route):
-            found[kind.__name__] = kind, {"error"}
-        for kind in (
-            self.leaves_in_head,
-            self.leaves_in_body,
-            self.leaves_waiting,
-            self.leaves_in_stream,
-            self.leaves_with_reset,
-            self.edit_by_hand,
-        ):
-            found[kind.__name__] = kind, {"left"}
-        for kind in (self.says_nothing, self.says_half_a_head):
-            found[kind.__name__] = kind, {"left", "complete"}
-        return found  # fmt: skip
+        for names, wanted in OTHERS.items():
+            found.update(
+                {name: (getattr(self, name), set(wanted.split())) for name in names.split()}
+            )
+        return found
 
     def client(self) -> None:
         """One after the other, by chance, until it is over."""
