@@ -106,6 +106,7 @@ worker_class = load_worker()
 
 def on_starting(server):
     """Refuse to start with a sentence, not with a traceback; then say where the service listens."""
+    wait_for_no_reader(server.log.error_log)
     if os.environ.get("LISTEN_FDS") or os.environ.get("GUNICORN_FD"):
         return  # a socket handed over by systemd or by an older master
     check_port(server)
@@ -116,6 +117,14 @@ def on_starting(server):
     )
     if found.returncode:
         sys.exit(found.returncode)
+
+
+def wait_for_no_reader(log):
+    """gunicorn's own lines must not stop the master when nobody reads the pipe they go to."""
+    for n, handler in enumerate(log.handlers):
+        if type(handler) is logging.StreamHandler:
+            log.handlers[n] = load("parts.logs").Stderr()
+            log.handlers[n].setFormatter(handler.formatter)
 
 
 def frugal_memory():

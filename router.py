@@ -1040,7 +1040,7 @@ class Router:
         attempt.outcome, attempt.status = failure.outcome, failure.status
         said = self._scrubbed(failure.message)
         attempt.why = sentence(attempt.model, failure, said, call.chat.dialect.endpoint)
-        failure.attempt = attempt
+        failure.bare().attempt = attempt
         if relay:
             attempt.price(relay.usage)
             failure.relay = relay if failure.outcome == "empty" else None

@@ -165,13 +165,17 @@ class Carrier:
 
     def _run(self, heard: socket.socket) -> None:
         while True:
-            for key, _ in self._selector.select():
-                if key.data is not None:
-                    self._step(key.data)
-                    continue
-                heard.recv(READ_SIZE)
-                while self._new:
-                    self._begin(self._new.popleft())
+            self._round(heard)
+
+    def _round(self, heard: socket.socket) -> None:
+        """Wait, then move on whatever can be; nothing here outlives it."""
+        for key, _ in self._selector.select():
+            if key.data is not None:
+                self._step(key.data)
+                continue
+            heard.recv(READ_SIZE)
+            while self._new:
+                self._begin(self._new.popleft())
 
     def _begin(self, stream: Carried) -> None:
         if stream.has_more():  # of which no descriptor tells: begin with a turn of the client

@@ -71,7 +71,7 @@ class Answer:
         self.id = ""  # by which a later request may continue it
         self._model, self._choices = model, choices
         self._keep_usage, self._whole = keep_usage, whole
-        self._arguments: dict[Any, str] = {}  # of tool calls, where the answer is held
+        self._arguments: dict[Any, list[str]] = {}  # of tool calls, where the answer is held
 
     @property
     def has_begun(self) -> bool:
@@ -112,7 +112,8 @@ class Answer:
 
     def check_arguments(self) -> None:
         """Failure when half a tool call stands in an answer that calls itself complete."""
-        half = any(a.strip() and parse_loosely(a) is None for a in self._arguments.values())
+        told = ["".join(pieces) for pieces in self._arguments.values()]
+        half = any(a.strip() and parse_loosely(a) is None for a in told)
         if half and self.finish != "length":
             raise Failure("cut", "half a tool call", 200)
 
@@ -127,13 +128,18 @@ class Answer:
     def _content(self) -> None:
         self.came = self.has_content = True
 
-    def _finish(self, reason: str) -> None:
-        self.came, self.finish = True, FINISHES.get(reason) or finish_kind(reason)
+    def _finish(self, reason: str) -> bool:
+        """Note a finish reason; False for one that means that there is none yet."""
+        kind = FINISHES.get(reason) or finish_kind(reason)
+        if kind == "open":
+            return False
+        self.came, self.finish = True, kind
         if self.finish == "failed":
             raise Failure("cut", f"finish_reason {reason[:40]}", 200)
         if self.finish == "unknown" and reason not in UNKNOWN and len(UNKNOWN) < 100:
             UNKNOWN.add(reason)
             log.warning("finish_reason_unknown", {"model": self._model, "reason": reason[:40]})
+        return True
 
 
 # What counts as a token of a chat; a role alone does not.
@@ -207,8 +213,7 @@ class ChatAnswer(Answer):
                     self._note_arguments(index, delta.get("tool_calls"), part)
             if "usage" in choice:
                 self.usage = usage_of(said) or self.usage
-            if isinstance(reason := choice.get("finish_reason"), str):
-                self._finish(reason)
+            if isinstance(reason := choice.get("finish_reason"), str) and self._finish(reason):
                 self._begun.discard(index)
                 self._finished.add(index)
 
@@ -234,7 +239,7 @@ class ChatAnswer(Answer):
                 key = (choice, n, "whole")
             elif key is None or (id_ and key[-1] != id_):
                 key = self._call[place] = (*place, len(self._arguments), id_)
-            self._arguments[key] = self._arguments.get(key, "") + text
+            self._arguments.setdefault(key, []).append(text)
 
     def good_end(self) -> bytes:
         """[DONE]."""
@@ -275,7 +280,7 @@ class MessagesAnswer(Answer):
             self._content()
         if self._whole and isinstance(piece, str):
             key = block if isinstance(block, int) else 0
-            self._arguments[key] = self._arguments.get(key, "") + piece
+            self._arguments.setdefault(key, []).append(piece)
 
     def _take_blocks(self, message: Mapping[str, Any]) -> None:
         """What a message holds; in a stream its first event holds no blocks yet, or all."""
@@ -377,7 +382,7 @@ class ResponsesAnswer(Answer):
             self._content()
         for n, item in enumerate(response.get("output") or () if self._whole else ()):
             if isinstance(item, dict) and isinstance(item.get("arguments"), str):
-                self._arguments[n] = item["arguments"]
+                self._arguments[n] = [item["arguments"]]
         details = response.get("incomplete_details")
         reason = details.get("reason") if isinstance(details, dict) else None
         self._finish("stop" if state == "completed" else str(reason or "incomplete"))

@@ -224,9 +224,12 @@ _IN_WORDS = re.compile(
     rf"(?:again|retry\w{{0,9}}|wait|resets?|available|after|within)\W{{1,5}}(?:\w{{1,20}}\W{{1,5}}){{0,3}}?"
     rf"((?:{_SPAN}[\s,]{{0,2}}(?:and )?){{1,4}})", re.I
 )  # fmt: skip
-_BARE = re.compile(r"retry[ _-]?after\W{1,3}(\d{1,9}(?:\.\d{1,9})?)\b|(\d{1,9}) ?秒", re.I)
+_BARE = re.compile(
+    r"retry[ _-]?after[\W_]{1,3}(?:(?:in[ _])?sec\w{0,4}\W{1,4})?(\d{1,9}(?:\.\d{1,9})?)\b(?![-:/])"
+    r"|(\d{1,9}) ?秒", re.I
+)  # fmt: skip
 _AT = re.compile(
-    r"reset\w{0,9}\W{1,5}(?:\w{1,20}\W{1,5}){0,2}?"
+    r"(?:reset|retry|again|until|available)\w{0,9}\W{1,5}(?:\w{1,20}\W{1,5}){0,2}?"
     r"(\d{4}-\d\d-\d\d[T ][\d:.]{5,20}(?:Z|[+-][\d:]{4,5})?)", re.I
 )  # fmt: skip
 

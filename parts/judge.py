@@ -429,6 +429,7 @@ def read_told(reply: Reply) -> bytes:
     return unpacked(bytes(data[:MAX_ERROR]), reply.headers.get("content-encoding", ""))
 
 
+TOLD_S = 2.0  # for the text of an error, which comes with its head; the status says enough
 # Real codings; `none`, `utf-8` and the like are words of servers for no coding at all.
 CODINGS = re.compile(r"gzip|deflate|compress|\bbr\b|zstd")
 
@@ -441,9 +442,11 @@ def check_head(reply: Reply) -> None:
     if status < 300:
         said = "compressed, though it was not asked for" if status <= 203 else f"status {status}"
         raise Failure("not_an_answer", said, status)
+    flight = reply.flight
+    flight.due = min(flight.due, (flight.clock() + TOLD_S, "told"))
     data = read_told(reply)
-    if reply.flight.why:
-        raise Failure(reply.flight.why, status=status)
+    if flight.why in ("client_left", "total"):
+        raise Failure(flight.why, status=status)
     failure = failure_from(status, data, reply.headers)
     failure.names_usage = b"stream_options" in data or b"include_usage" in data
     raise failure
@@ -451,11 +454,13 @@ def check_head(reply: Reply) -> None:
 
 # What a finish_reason says, in the words of all servers in use. One that stands in no row ends an
 # answer that there is, for an honest `eos` must not strike a good provider; see `finish_kind`.
+# Those that are `open` some servers send with each event, where others send null.
 FINISHES = {
     word: kind
     for kind, words in {
+        "open": "null none unspecified in_progress",
         "stop": "stop end_turn stop_sequence eos eos_token end complete completed done finished "
-                "null none stop_token pause_turn compaction",
+                "stop_token pause_turn compaction",
         "calls": "tool_calls tool_use function_call tool_call",
         "length": "length max_tokens max_output_tokens max_length model_length token_limit "
                   "model_context_window_exceeded context_length incomplete",
@@ -467,13 +472,19 @@ FINISHES = {
     }.items()
     for word in words.split()
 }  # fmt: skip
-FAILED_NAME = re.compile(r"error|fail|abort|overload|malformed|unavailable|timeout|cancel")
+PLAIN_FINISHES = {"": "open"} | {word.replace("_", ""): kind for word, kind in FINISHES.items()}
+FAILED_NAME = re.compile(
+    "error|exception|fail|abort|overload|malformed|unavailable|time(d?)out|cancel"
+)
 
 
 def finish_kind(reason: str) -> str:
-    """stop, calls, length, filter, failed, or unknown: what a finish_reason says."""
-    name = reason.strip().lower().replace("-", "_")
-    known = FINISHES.get(name)
+    """open, stop, calls, length, filter, failed, or unknown: what a finish_reason says.
+
+    MAX_TOKENS, MaxTokens, max-tokens and FINISH_REASON_MAX_TOKENS say the same.
+    """
+    name = re.sub(r"[\W_]", "", reason.lower()).removeprefix("finishreason")
+    known = PLAIN_FINISHES.get(name)
     return known or ("failed" if FAILED_NAME.search(name) else "unknown")
 
 

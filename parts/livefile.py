@@ -126,7 +126,7 @@ class Store(Generic[T]):
             return
         with contextlib.suppress(OSError):  # not writable, or a writer is busy: at the next look
             with locked(self._last_good.parent, wait=False):
-                if not self._last_good.exists() or read_file(self._last_good) != text:
+                if not holds(self._last_good, text):  # nor when that cannot be read
                     replace_file(self._last_good, text, like=self.path)
             self._kept = text
 

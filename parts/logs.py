@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import logging.handlers
+import os
 import re
+import select
+import stat
 import sys
 import time
 import traceback
@@ -14,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 log = logging.getLogger("llm_router")
+
+READER_S = 1.0  # for whoever reads our log to make room in its pipe
+STUCK_S = 60.0  # and so long after it did not there is no waiting again
 
 
 class EventFormatter(logging.Formatter):
@@ -72,7 +79,63 @@ _NOTHING_KNOWN = vars(logging.LogRecord(log.name, 0, "", 0, "", None, None))
 
 
 class Stderr(logging.StreamHandler[Any]):
-    """Writes to stderr. When it is closed or its disk is full there is nowhere to say so."""
+    """Writes to stderr. When it is closed or its disk is full there is nowhere to say so.
+
+    Whoever reads a pipe may stop doing so; once it is full, each thread that logs would wait for
+    ever. So there a line that finds no room is lost, and how many were is told as soon as there is
+    some. A reader that is only slow is waited for. A file or a terminal loses nothing.
+    """
+
+    def __init__(self, stream: Any = None):
+        super().__init__(stream)
+        self._lost, self._is_cut, self._wait_at = 0, False, 0.0
+        self._pipe: select.poll | None = None
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # no file
+            self._fd = self.stream.fileno()
+            mode = os.fstat(self._fd).st_mode
+            if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):  # systemd's is a socket
+                self._pipe = select.poll()
+                self._pipe.register(self._fd, select.POLLOUT)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        if self._pipe is None:
+            super().emit(record)
+            return
+        try:
+            if self._lost and self._write(self._loss()):
+                self._lost = 0
+            if self._lost or not self._write(self.format(record)):
+                self._lost += 1
+        except OSError:
+            self.handleError(record)
+
+    def _loss(self) -> str:
+        args = {"lines": self._lost}
+        lost = {"levelname": "WARNING", "msg": "log_lines_lost", "args": args}
+        return "\n" * self._is_cut + self.format(logging.makeLogRecord(lost))
+
+    def _write(self, line: str) -> bool:
+        """Write it, in pieces for which a pipe that has any room has enough; False without room."""
+        data = f"{line}\n".encode(errors="backslashreplace")
+        for at in range(0, len(data), select.PIPE_BUF):
+            if not self._has_room():
+                self._is_cut = self._is_cut or at > 0
+                return False
+            os.write(self._fd, data[at : at + select.PIPE_BUF])
+        self._is_cut = False
+        return True
+
+    def _has_room(self) -> bool:
+        """True when a piece can be written at once, or soon, unless that was hoped for lately."""
+        assert self._pipe
+        if self._pipe.poll(0):
+            return True
+        if time.monotonic() < self._wait_at:
+            return False
+        has_room = bool(self._pipe.poll(READER_S * 1000))
+        self._wait_at = 0.0 if has_room else time.monotonic() + STUCK_S
+        return has_room
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Nothing: a traceback for each line would go the same way."""
@@ -103,6 +166,14 @@ class RejectionFile(logging.handlers.RotatingFileHandler):
     """Opens its file for each line, of which there are few; a failure is one warning."""
 
     warned = False
+
+    def _open(self) -> Any:
+        """A pipe that nobody reads is a failure, too, nothing to wait for."""
+
+        def without_waiting(path: str, flags: int) -> int:
+            return os.open(path, flags | os.O_NONBLOCK, 0o666)
+
+        return open(self.baseFilename, "a", encoding=self.encoding, opener=without_waiting)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Append one line; what a full disk refused comes up once more as the file is closed."""

@@ -118,10 +118,14 @@ class Relay:
 
     def _first_of_stream(self) -> bytes:
         """The first bytes. What they are decides, not what the head calls them."""
-        data = self.reply.read1()
-        while data and not data.strip() and (more := self.reply.read1()):
-            data += more
-        if data.removeprefix(BOM).lstrip()[:1] in (b"{", b"["):
+        held, says_nothing = bytearray(), True
+        while says_nothing and (more := self.reply.read1()):
+            held += more
+            says_nothing = not more.strip() or BOM.startswith(held)
+            if len(held) > MAX_ANSWER:
+                raise Failure("not_an_answer", "blanks", 200)
+        data = bytes(held).removeprefix(BOM)
+        if data.lstrip()[:1] in (b"{", b"["):
             body = parse_loosely(data + read_whole(self.reply))
             if isinstance(body, dict) and self.answer.holds(body) and not error_of(body):
                 raise Failure("not_an_answer", "no stream", 200)
@@ -157,7 +161,7 @@ class Relay:
             if not self.answer.done and not self.failure:
                 yield from self._go_on(carrier, client, chunked)
         except Failure as e:
-            self.failure = e
+            self.failure = e.bare()
         except Exception:  # noqa: BLE001  a bug of ours; the client must learn that this is no end
             log.error("internal_error", {"where": where_it_broke()})
             self.failure = Failure("internal_error")
@@ -225,7 +229,7 @@ class Relay:
                 if self.answer.done:
                     break
         except Failure as e:
-            self.failure = e
+            self.failure = e.bare()
         return b"".join(out)
 
     def _last(self) -> Iterator[bytes]:

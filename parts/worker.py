@@ -90,6 +90,7 @@ GOODBYE_S = 0.5  # for the client to close as well
 AT_ONCE_S = 0.002  # of it in our thread: most close at once, and no other has to be woken for that
 LINGER_S = 2.0  # a worker that leaves keeps idle connections so long: a request may be on its way
 SHORTAGE_S = 60.0  # how often it is said that there are no descriptors
+TRIM_S = 60.0  # how often freed memory is given back at the latest; what lies between is the bound
 IN_A_ROW = 16  # requests of one connection, before others that wait for a thread get one
 LOOK_S = 0.25  # how often the main thread looks for idle connections, and whether it may leave
 
@@ -237,9 +238,11 @@ class Parser(RequestParser):
         data = self.unreader.buf.getvalue()
         try:
             data = data or self._sock.recv(8192, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
         except OSError as e:
             self._next = e
-            return not isinstance(e, BlockingIOError)
+            return True
         end = data.find(b"\r\n\r\n", 0, MAX_ORDINARY) + 4
         request = self._base and read_ordinary(data, end, self._base, self.cfg.limit_request_fields)
         if not request:
@@ -518,6 +521,7 @@ class Direct(Threaded):
         self.open: set[Any] = set()  # the connections
         self.idle: dict[int, Any] = {}  # by descriptor, those that wait for their client
         self.is_untidy = True  # something was done since memory was given back
+        self.trim_at = time.monotonic() + TRIM_S  # when that is done although something is served
         self.look_at = 0.0  # when the main thread next looks for those that are idle for too long
         self.full_of_kept = False  # there was no room for more of those when it last looked
         super().__init__(*args)
@@ -559,9 +563,10 @@ class Direct(Threaded):
         if now < self.look_at and not force:
             return
         self.look_at = now + LOOK_S
-        if self.is_untidy and len(self.idle) == len(self.open):
-            self.is_untidy = False
-            give_back_memory()
+        is_idle = len(self.idle) == len(self.open)
+        if self.is_untidy and (is_idle or now >= self.trim_at):
+            self.is_untidy, self.trim_at = False, now + TRIM_S
+            give_back_memory(collect=is_idle)
         idle = self.idle.copy()
         self.full_of_kept = sum(c.is_kept for c in idle.values()) >= self.max_keepalived
         room = MAX_UNSENT
@@ -751,12 +756,13 @@ def is_gone(conn: Any) -> bool:
     return True
 
 
-def give_back_memory() -> None:
+def give_back_memory(collect: bool = True) -> None:
     """Collect garbage, and have the C library give back what is free, not only at a heap's end.
 
-    The latter takes up to 3 ms, without the interpreter's lock.
+    The latter takes up to 3 ms, without the interpreter's lock; all streams wait for the former.
     """
-    gc.collect()
+    if collect:
+        gc.collect()
     # Another C library has no such function; systemd's MemoryDenyWriteExecute keeps ctypes out.
     with contextlib.suppress(ImportError, AttributeError, OSError, MemoryError):
         import ctypes

@@ -1,7 +1,8 @@
-"""The speed bench's arithmetic; what it measures is nobody's test."""
+"""The speed bench's arithmetic, what it measures is nobody's test; and a short soak."""
 
 from __future__ import annotations
 
+import soak
 from goals import rate_over, ratio
 from load import Load
 from speed import summed_up
@@ -25,3 +26,10 @@ def test_rounds_are_summed_up_by_medians_and_ratios_within_each_round():
 def test_errors_add_up_and_who_answered_nothing_is_outdone():
     assert summed_up({"router": [turn(1, bad=2), turn(1, bad=3)]}, "router")["router"]["bad"] == 5
     assert ratio(1, 0) == float("inf")
+
+
+def test_a_few_seconds_of_soak_lose_nothing(tmp_path):
+    account, lost = soak.soak(tmp_path, seconds=3, clients=8)
+
+    assert lost == []
+    assert account.seen.total() > 50

@@ -60,11 +60,7 @@ def ends(carrier: Carrier) -> Iterator[Ends]:
     found.close()
 
 
-@pytest.fixture
-def other(carrier: Carrier) -> Iterator[Ends]:
-    found = Ends(carrier)
-    yield found
-    found.close()
+other = ends  # of a second stream
 
 
 def until_dot(data: bytes) -> tuple[bytes, bool]:

@@ -164,6 +164,16 @@ def pair(member) -> tuple[Member, Member]:
     return a, b
 
 
+@pytest.fixture
+def opened(pair: tuple[Member, Member]) -> tuple[Member, Member]:
+    """Two instances that both know acme/one to be open."""
+    a, b = pair
+    a.fail()
+    a.share()
+    b.share()
+    return pair
+
+
 def test_a_change_is_on_the_other_after_its_next_look_and_in_its_own_file(pair):
     a, b = pair
 
@@ -500,11 +510,8 @@ def test_a_retry_after_holds_on_both(pair):
 
 
 @pytest.mark.parametrize("models", [["acme/one"], None])
-def test_a_reset_on_one_is_one_on_the_other(pair, models):
-    a, b = pair
-    a.fail()
-    a.share()
-    b.share()
+def test_a_reset_on_one_is_one_on_the_other(opened, models):
+    a, b = opened
 
     b.breakers.reset(models)
     b.share()
@@ -513,11 +520,8 @@ def test_a_reset_on_one_is_one_on_the_other(pair, models):
     assert (a.state(), b.state()) == ("closed", "closed")
 
 
-def test_a_reset_forgets_the_strikes_on_both_though_requests_came_since(pair):
-    a, b = pair
-    a.fail()
-    a.share()
-    b.share()
+def test_a_reset_forgets_the_strikes_on_both_though_requests_came_since(opened):
+    a, b = opened
 
     a.breakers.reset()
     a.fail(times=1)
@@ -604,11 +608,8 @@ def test_who_was_overtaken_without_a_sign_hears_what_stands_there(pair, server):
     assert a.breakers.snapshot()["acme/one"]["retry_in_sec"] > 40
 
 
-def test_one_probe_in_the_cluster(pair):
-    a, b = pair
-    a.fail()
-    a.share()
-    b.share()
+def test_one_probe_in_the_cluster(opened):
+    a, b = opened
     a.make_due()
     b.make_due()
 
@@ -619,11 +620,8 @@ def test_one_probe_in_the_cluster(pair):
     assert b.state() == "half-open"
 
 
-def test_a_probe_that_ends_well_closes_the_circuit_on_both(pair, server):
-    a, b = pair
-    a.fail()
-    a.share()
-    b.share()
+def test_a_probe_that_ends_well_closes_the_circuit_on_both(opened, server):
+    a, b = opened
     a.make_due()
 
     ticket = a.probe()
@@ -637,11 +635,8 @@ def test_a_probe_that_ends_well_closes_the_circuit_on_both(pair, server):
     assert list(server.client.scan_iter("llm-router:probe:*")) == []
 
 
-def test_a_probe_that_says_nothing_leaves_the_next_one_to_anybody(pair):
-    a, b = pair
-    a.fail()
-    a.share()
-    b.share()
+def test_a_probe_that_says_nothing_leaves_the_next_one_to_anybody(opened):
+    a, b = opened
     a.make_due()
     ticket = a.probe()
 
@@ -653,11 +648,8 @@ def test_a_probe_that_says_nothing_leaves_the_next_one_to_anybody(pair):
     assert b.probe().probe
 
 
-def test_nobody_probes_on_what_is_no_longer_so(pair):
-    a, b = pair
-    a.fail()
-    a.share()
-    b.share()
+def test_nobody_probes_on_what_is_no_longer_so(opened):
+    a, b = opened
     b.make_due()
     a.breakers.reset(["acme/one"])
     a.share()
@@ -667,11 +659,8 @@ def test_nobody_probes_on_what_is_no_longer_so(pair):
     assert b.probe().probe is False
 
 
-def test_the_lease_of_a_dead_instance_goes_to_the_next_one(pair, server):
-    a, b = pair
-    a.fail()
-    a.share()
-    b.share()
+def test_the_lease_of_a_dead_instance_goes_to_the_next_one(opened, server):
+    a, b = opened
     a.make_due()
     b.make_due()
     assert a.probe().probe
@@ -681,11 +670,8 @@ def test_the_lease_of_a_dead_instance_goes_to_the_next_one(pair, server):
     assert b.probe().probe
 
 
-def test_an_emptied_redis_hears_of_open_circuits_again(pair, server):
-    a, b = pair
-    a.fail()
-    a.share()
-    b.share()
+def test_an_emptied_redis_hears_of_open_circuits_again(opened, server):
+    a, b = opened
 
     server.client.flushall()
     for one in (a, b, a, b):
@@ -744,11 +730,8 @@ def test_what_opened_while_alone_is_told_afterwards(pair, server):
     assert b.state() == "open"
 
 
-def test_what_opens_after_a_reset_is_open_however_late_the_others_hear_of_the_reset(pair):
-    a, b = pair
-    a.fail()
-    a.share()
-    b.share()
+def test_what_opens_after_a_reset_is_open_however_late_the_others_hear_of_the_reset(opened):
+    a, b = opened
 
     a.breakers.reset()
     a.fail()
@@ -930,11 +913,8 @@ def test_a_circuit_that_cannot_be_meant_is_ignored_with_one_line(pair, server, c
     assert a.health()["status"] == "ok"
 
 
-def test_a_circuit_without_a_hold_is_told_by_times_that_any_clock_can_read(pair, server):
-    a, b = pair
-    a.fail()
-    a.share()
-    b.share()
+def test_a_circuit_without_a_hold_is_told_by_times_that_any_clock_can_read(opened, server):
+    a, b = opened
     b.make_due()
     b.breakers.commit(b.probe(), 3)
     b.share()
@@ -1145,11 +1125,8 @@ def leave_a_lease(server: Redis, a: Member, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["forever", "for years", "of nobody", "a list"])
-def test_a_lease_that_no_instance_took_keeps_nobody_from_probing(pair, server, kind):
-    a, b = pair
-    a.fail()
-    a.share()
-    b.share()
+def test_a_lease_that_no_instance_took_keeps_nobody_from_probing(opened, server, kind):
+    a, b = opened
     leave_a_lease(server, a, kind)
     b.make_due()
 

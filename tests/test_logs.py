@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from helpers import answer_to, head_of
 from upstream import DONE, error, plain, stream, whole
 
 import router as module
-from parts.logs import EventFormatter
+from parts.logs import READER_S, EventFormatter, Stderr
 
 
 def line_for(fields: dict, as_json: bool = False) -> str:
@@ -69,9 +72,10 @@ def test_an_upstreams_echo_of_key_and_prompt_stays_out_of_the_log(client, upstre
 BAD_BODY = {"messages": "no list"}
 
 
-@pytest.mark.parametrize("where", ["/dev/full", "no/such/folder", "."])
+@pytest.mark.parametrize("where", ["/dev/full", "no/such/folder", ".", "pipe"])
 def test_a_log_of_rejections_that_cannot_be_written_keeps_no_permit(routes, capsys, where):
     folder = routes.parent
+    os.mkfifo(folder / "pipe")  # which nobody reads
     more = {"ROUTER_THREADS": "10", "ROUTER_VALIDATION_LOG": str(folder / where)}
     client = LocalClient(module.create_app(settings_for(routes, **more)))
 
@@ -107,6 +111,101 @@ def test_without_room_for_a_log_every_request_is_answered(tmp_path, upstream):
         assert service.get("/metrics").json()["in_flight"] == 0
     finally:
         service.stop()
+
+
+def fill(descriptor: int) -> None:
+    """Write to a pipe until there is no room in it."""
+    os.set_blocking(descriptor, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(descriptor, b"-" * 4095 + b"\n")
+    os.set_blocking(descriptor, True)
+
+
+def read_lines(descriptor: int) -> list[str]:
+    """All that is in a pipe, but what `fill` wrote."""
+    os.set_blocking(descriptor, False)
+    data = b""
+    with contextlib.suppress(BlockingIOError):
+        while more := os.read(descriptor, 1 << 20):
+            data += more
+    return [line for line in data.decode().splitlines() if not line.startswith("---")]
+
+
+def test_a_log_that_nobody_reads_holds_no_thread(tmp_path, upstream):
+    pipe = tmp_path / "log.txt"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDWR)
+    try:
+        with Service(tmp_path, small_routes(upstream.url), ROUTER_THREADS="12") as service:
+            fill(reader)
+            with ThreadPoolExecutor(4) as clients:
+                answers = list(clients.map(lambda _: service.chat().status_code, range(40)))
+            health = service.get("/health").status_code
+            read_lines(reader)
+            service.chat()
+        lines = read_lines(reader)
+    finally:
+        os.close(reader)
+        pipe.unlink()
+
+    assert answers == [200] * 40
+    assert health == 200
+    lost = [int(line.rpartition("=")[2]) for line in lines if "event=log_lines_lost" in line]
+    told = [line for line in lines if "event=request" in line]
+    assert (len(lost), sum(lost) + len(told)) == (1, 41)
+    assert "event=stop" in lines[-1]
+
+
+@pytest.fixture
+def pipe():
+    reader, writer = os.pipe()
+    with os.fdopen(reader), os.fdopen(writer, "w") as stream:
+        handler = Stderr(stream)
+        handler.setFormatter(EventFormatter(False))
+        yield reader, writer, handler
+
+
+def record(text: str) -> logging.LogRecord:
+    return logging.makeLogRecord({"msg": "thing", "args": {"text": text}})
+
+
+def test_a_reader_that_stopped_is_waited_for_once(pipe):
+    reader, writer, handler = pipe
+    fill(writer)
+
+    began = time.monotonic()
+    [handler.handle(record("lost")) for _ in range(50)]
+
+    assert READER_S <= time.monotonic() - began < 2 * READER_S
+    assert read_lines(reader) == []
+
+
+def test_a_line_that_broke_off_is_ended_before_the_next(pipe):
+    reader, writer, handler = pipe
+    fill(writer)
+    os.read(reader, 8192)
+
+    handler.handle(record("a" * 20_000))
+    lines = read_lines(reader)
+    handler.handle(record("b" * 20_000))
+    more = read_lines(reader)
+
+    assert len(lines) == 1
+    assert lines[0].endswith("aaa")
+    assert more[0] == ""
+    assert more[1].endswith("event=log_lines_lost lines=1")
+    assert more[2].endswith("b" * 20_000)
+
+
+def test_a_pipe_whose_reader_has_gone_is_no_reason_for_a_traceback(pipe, capsys):
+    reader, _, handler = pipe
+    with open(os.devnull) as nobody:
+        os.dup2(nobody.fileno(), reader)
+
+    handler.handle(record("nobody reads this"))
+
+    assert capsys.readouterr().err == ""
 
 
 def test_lines_of_others_name_their_source_and_process(client, capsys):

@@ -8,16 +8,18 @@ import os
 import resource
 import socket
 import threading
+import time
 from typing import Any
 
 import pytest
 from conftest import LocalClient, settings_for
 from helpers import errors_of, failures, last_attempts, user, words_of
-from service import small_routes
+from service import PATIENT, small_routes
 from upstream import (
     DONE,
     Peer,
     Request,
+    Upstream,
     answer_body,
     chunk,
     error,
@@ -61,6 +63,9 @@ def ask(client: LocalClient, mode: str, **more: Any) -> Any:
         ("network_error", "failed"), ("MALFORMED_FUNCTION_CALL", "failed"),
         ("insufficient_system_resource", "failed"), ("backend_overloaded", "failed"),
         ("timeout_reached", "failed"), ("cancelled_by_user", "failed"), ("natural", "unknown"),
+        ("TimedOut", "failed"), ("exception", "failed"), ("FINISH_REASON_STOP", "stop"),
+        ("FinishReason.SAFETY", "filter"), ("ContentFilter", "filter"), ("MaxTokens", "length"),
+        ("", "open"), ("NULL", "open"), ("FINISH_REASON_UNSPECIFIED", "open"),
     ],
 )  # fmt: skip
 def test_a_finish_reason_says_what_it_says_in_any_spelling(reason, kind):
@@ -109,6 +114,18 @@ def test_an_unknown_finish_reason_behind_an_answer_is_a_good_end_told_once(
     assert capsys.readouterr().err.count("event=finish_reason_unknown") == 1
 
 
+@pytest.mark.parametrize("reason", ["", "null", "None"])
+@pytest.mark.parametrize(("end", "is_whole"), [([], False), ([chunk({}, "stop")], True)])
+def test_a_finish_reason_with_each_event_that_means_none_ends_nothing(
+    client, upstream, reason, end, is_whole
+):
+    upstream.scripts["acme/one"] = pieces([chunk({"content": "a"}, reason), *end], "cut")
+
+    answer = client.chat(stream=True)
+
+    assert bool(errors_of(answer.data)) is not is_whole
+
+
 def test_an_empty_answer_with_a_finish_that_is_none_gets_a_second_opinion(client, upstream):
     upstream.scripts |= {"acme/one": whole(None, finish_reason="in_progress"), "acme/two": GOOD}
 
@@ -138,6 +155,22 @@ def test_done_behind_an_answer_without_a_finish_reason_is_an_end_in_whole_mode(c
     answer = ask(client, "whole")
 
     assert (answer.headers["X-Router-Model"], words_of(answer.data)) == ("acme/one", "fine")
+
+
+@pytest.mark.parametrize(("limit_s", "most_s"), [(0.5, 2.0), (30, 4.0)])
+@pytest.mark.parametrize(("status", "outcome"), [(401, "unauthorized"), (503, "server_error")])
+def test_the_status_is_the_verdict_though_its_text_never_ends(
+    build, upstream, status, outcome, limit_s, most_s
+):
+    client = build(timeouts_sec={**PATIENT, "answer": limit_s})
+    head = f"HTTP/1.1 {status} X\r\nContent-Length: 900\r\n\r\n{{"
+    upstream.scripts |= {"acme/one": raw(head.encode(), "hang"), "acme/two": GOOD}
+    began = time.monotonic()
+
+    client.chat()
+
+    assert time.monotonic() - began < most_s
+    assert last_attempts(client)[0] == ("acme/one", outcome)
 
 
 # --- errors in disguise ----
@@ -251,11 +284,36 @@ def test_a_whole_answer_with_something_around_it_is_one(client, upstream, body):
     assert client.chat().json["choices"] == answer_body("fine")["choices"]
 
 
+@pytest.mark.parametrize("before", [b"\xef\xbb\xbf", b"\n" * 1000])
+def test_nothing_of_a_stream_is_lost_behind_a_bom_or_blank_lines(client, upstream, before):
+    words = b"".join(chunk({"content": word}) for word in "ab") + DONE
+    upstream.scripts["acme/one"] = pieces([before[:1], before[1:] + words])
+
+    assert words_of(client.chat(stream=True).data) == "ab"
+
+
 # --- tool calls in whole mode ----
 
 
 def call(arguments: str, **more: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "f", "arguments": arguments}, **more}
+
+
+def seconds_for(client: LocalClient, upstream: Upstream, n: int) -> float:
+    """CPU time for a call whose arguments come in so many pieces."""
+    more = calls(call("x" * 1000, index=0)) * n
+    data = calls(call('"', index=0)) + more + calls(call('"', index=0)) + DONE
+    upstream.scripts["acme/one"] = labelled("text/event-stream", data)
+    began = time.process_time()
+    assert ask(client, "whole").headers["X-Router-Model"] == "acme/one"
+    return time.process_time() - began
+
+
+def test_long_arguments_in_many_pieces_cost_no_more_for_each(build, upstream):
+    client = build(timeouts_sec=PATIENT)
+    short, long = (seconds_for(client, upstream, n) for n in (500, 8_000))
+
+    assert long < 30 * short + 0.3
 
 
 def calls(*tools: dict[str, Any]) -> bytes:

@@ -11,7 +11,7 @@ import weakref
 import pytest
 from conftest import LocalClient
 from helpers import CHAT, answer_to, connected, figures, head_of, user, wait_until
-from upstream import drop_at_once, error, plain, stream, whole
+from upstream import chunk, drop_at_once, error, pieces, plain, sse, stream, whole
 
 import router as module
 from parts.prompts import clean
@@ -177,14 +177,16 @@ def test_an_empty_key_file_stops_the_start_instead_of_opening_the_door(tmp_path,
 
 @pytest.mark.parametrize(
     ("script", "more"),
-    [(whole(), {}), (stream(["a"]), {"stream": True}), (error(503), {}),
-     (error(400), {"stream": True}), (drop_at_once, {})],
+    [(whole(), {}), (stream(["a"]), {"stream": True}), (error(503), {}), (error(500), {}),
+     (error(400), {"stream": True}), (drop_at_once, {}), (stream(["a"], after="cut"), {}),
+     (pieces([chunk({"content": "a"})], "cut"), {"stream": True}),
+     (pieces([chunk({"content": "a"}), sse({"error": "b"})]), {"stream": True})],
 )  # fmt: skip
 def test_a_request_that_has_ended_leaves_nothing_for_the_collector(app, upstream, script, more):
     upstream.default = script
     owner, calls = app.extensions["router"], []
     begin = owner.begin
-    owner.begin = lambda *args: calls.append(weakref.ref(call := begin(*args))) or call
+    owner.begin = lambda *args: calls.append(weakref.ref((call := begin(*args)).flight)) or call
     client = LocalClient(app)
     client.chat(**more)
     gc.collect()

@@ -7,6 +7,7 @@ import ssl
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
@@ -127,6 +128,16 @@ def test_it_is_not_ready_while_every_key_is_refused_but_not_for_ever(routes, ups
 # --- Ollama ----
 
 
+def warmed_up(folder: Path, ollama_url: str) -> dict[str, Any]:
+    """What /health says of the classifier after the start."""
+    ollama = {"base_url": ollama_url}
+    routes = small_routes("http://127.0.0.1:1/v1", routing_mode="hybrid", ollama=ollama)
+    (folder / "routes.json").write_text(json.dumps(routes))
+    app = module.create_app(settings_for(folder / "routes.json"))
+    module.warm_up(app.extensions["router"])
+    return LocalClient(app).get("/health").json["classifier"]
+
+
 @pytest.mark.parametrize(
     ("answer", "reason", "words"),
     [
@@ -141,14 +152,9 @@ def test_the_warm_up_says_what_ollama_lacks_before_the_first_request(
     tmp_path, upstream, capsys, answer, reason, words
 ):
     upstream.default = answer
-    ollama = {"base_url": upstream.url.removesuffix("/v1")}
-    routes = small_routes("http://127.0.0.1:1/v1", routing_mode="hybrid", ollama=ollama)
-    (tmp_path / "routes.json").write_text(json.dumps(routes))
 
-    app = module.create_app(settings_for(tmp_path / "routes.json"))
-    module.warm_up(app.extensions["router"])
+    told = warmed_up(tmp_path, upstream.url.removesuffix("/v1"))
 
-    told = LocalClient(app).get("/health").json["classifier"]
     assert (told["status"], told["reason"]) == ("failing", reason)
     assert words in told["message"]
     log = capsys.readouterr().err
@@ -156,14 +162,8 @@ def test_the_warm_up_says_what_ollama_lacks_before_the_first_request(
 
 
 def test_an_ollama_that_is_not_there_is_told_with_both_ways_out(tmp_path):
-    ollama = {"base_url": f"http://127.0.0.1:{free_port()}"}
-    routes = small_routes("http://127.0.0.1:1/v1", routing_mode="hybrid", ollama=ollama)
-    (tmp_path / "routes.json").write_text(json.dumps(routes))
-    app = module.create_app(settings_for(tmp_path / "routes.json"))
+    told = warmed_up(tmp_path, f"http://127.0.0.1:{free_port()}")
 
-    module.warm_up(app.extensions["router"])
-
-    told = LocalClient(app).get("/health").json["classifier"]
     assert told["reason"] == "connect"
     assert "start it" in told["message"]
     assert '"routing_mode": "keywords"' in told["message"]

@@ -419,6 +419,18 @@ def test_the_last_good_copy_follows_every_accepted_edit(store, path, clock):
     assert path.with_name(".routes.json.last-good").read_text() == wanted
 
 
+@pytest.mark.parametrize("spoil", [lambda kept: kept.write_bytes(b"\xff"), os.mkdir, os.mkfifo])
+def test_a_last_good_copy_that_cannot_be_read_is_in_nobodys_way(tmp_path, clock, spoil):
+    path = tmp_path / "routes.json"
+    path.write_text(TEXT)
+    spoil(tmp_path / ".routes.json.last-good")
+
+    store = Store(path, load_table, clock)
+
+    assert words(store) == ("hello",)
+    assert store.error is None
+
+
 def test_a_symlink_swapped_to_a_bad_file_still_boots_with_the_last_good_one(tmp_path, clock):
     for name, text in {"v1": TEXT, "v2": BAD}.items():
         (tmp_path / name).mkdir()

@@ -32,7 +32,7 @@ from gunicorn.config import Config
 from gunicorn.http import RequestParser, wsgi
 from gunicorn.http.errors import InvalidHeader, InvalidHeaderName, ParseException
 from gunicorn.workers.gthread import TConn
-from helpers import CLOSED, answer_to
+from helpers import CLOSED, answer_to, pair_of_sockets
 from upstream import DONE, Upstream, chunk, events, pieces
 
 from parts import worker
@@ -331,7 +331,7 @@ def test_whatever_keeps_a_connection_from_being_accepted_passes(direct, pairs, n
 
 def test_once_all_is_idle_memory_is_given_back(direct, pairs, monkeypatch):
     given: list[bool] = []
-    monkeypatch.setattr(worker, "give_back_memory", lambda: given.append(True))
+    monkeypatch.setattr(worker, "give_back_memory", lambda collect: given.append(collect))
     conn, _ = pairs(direct, 60)
     direct.idle, direct.is_untidy = {}, True  # it is being served
 
@@ -344,6 +344,18 @@ def test_once_all_is_idle_memory_is_given_back(direct, pairs, monkeypatch):
         direct.murder_keepalived()
         direct.look_at = 0.0
     assert given == [True]
+
+
+def test_while_something_is_served_freed_memory_is_given_back_now_and_then(direct, monkeypatch):
+    given: list[bool] = []
+    monkeypatch.setattr(worker, "give_back_memory", lambda collect: given.append(collect))
+    direct.open, direct.is_untidy, direct.trim_at = {object()}, True, time.monotonic()
+
+    direct.murder_keepalived()
+    direct.look_at, direct.is_untidy = 0.0, True
+    direct.murder_keepalived()
+
+    assert given == [False]  # without a look for garbage, which streams would wait for
 
 
 def test_memory_is_given_back_with_all_that_only_knows_itself():
@@ -616,6 +628,22 @@ def parsers(data: bytes) -> tuple[Any, Any]:
         there.close()
         found.append(make(here))
     return found[0], found[1]
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HT", b"GET /a?b HTTP/1.1\r\n"])
+def test_a_connection_that_ends_while_it_waits_leaves_nothing_for_the_collector(sent):
+    gc.disable()
+    try:
+        with pair_of_sockets() as (here, there):
+            there.sendall(sent)
+            parser = worker.Parser(Config(), TConn(Config(), here, *ADDRESSES), BASE)
+            came = [parser.has_head(), parser.has_head()]
+            left = weakref.ref(parser)
+            del parser
+    finally:
+        gc.enable()
+
+    assert (came, left()) == ([False, False], None)
 
 
 def read_as_gunicorn(data: bytes) -> None:
