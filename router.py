@@ -15,6 +15,7 @@ Who owns which state, each object with one private lock:
     Flights      what is in the air: permits, sockets, deadlines           (flights.py)
     Carrier      the streams that one thread passes on                     (carrier.py)
     Metrics      counters and the ring of recent requests                  (metrics.py)
+    History      requests and spending, which outlast the process          (history.py)
 
 What this file stands on is in parts/, floor by floor (tests/test_floors.py); nothing there imports
 it. Importing this module starts nothing: `create_app` builds the objects.
@@ -55,6 +56,7 @@ from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 
 from parts.access import (
     CHAT_PATHS,
+    CLIENT,
     as_router_error,
     cors_headers,
     guard,
@@ -63,10 +65,12 @@ from parts.access import (
 )  # fmt: skip
 from parts.carrier import Carrier
 from parts.chat import Chat, chat_of, check, fits
+from parts.clients import Clients
 from parts.command import main
 from parts.errors import ClassifierError, Failure, RouterError, known_part, scrub
 from parts.exchange import MAX_ERROR, Endpoint, Reply, new_session, read_whole
 from parts.flights import NEVER, Flight, Flights
+from parts.history import History
 from parts.jsontext import Member, parse_object
 from parts.judge import (
     THINK_REFUSED,
@@ -81,7 +85,8 @@ from parts.judge import (
 )
 from parts.livefile import Store
 from parts.logs import log_rejections, log_to_stderr, now_text
-from parts.metrics import Attempt, Gauges, Metrics, Record, as_prometheus, breaker_figures
+from parts.metrics import Attempt, Metrics, Record
+from parts.notify import Notifier
 from parts.prompts import (
     HEAD,
     LOOK_BACK,
@@ -98,6 +103,7 @@ from parts.prompts import (
 from parts.relay import Relay
 from parts.settings import VERSION, Settings, SettingsError
 from parts.table import BUILT_IN, Model, Table, Upstream, load_table
+from parts.views import shown
 
 if TYPE_CHECKING:
     from parts.cluster import CircuitState, Cluster
@@ -831,6 +837,8 @@ class Upstreams:
         """Remember for /health whether it takes our key."""
         if outcome == "unauthorized":
             since = self._refused.get(upstream.name, (now_text(), now))[0]
+            if upstream.name not in self._refused:
+                log.warning("key_refused", {"upstream": upstream.name, "key": upstream.api_key_env})
             self._refused[upstream.name] = since, now
         elif outcome == "success":
             self._refused.pop(upstream.name, None)
@@ -942,6 +950,9 @@ class Router:
         self.carrier = Carrier()
         self.upstreams = Upstreams(settings, session)
         self.metrics = Metrics(clock)
+        self.history = History(settings.history, cluster)
+        own = settings.api_key, settings.admin_token
+        self.clients = Clients(settings.clients_file, own, clock)
         self.classifier = Classifier(self.upstreams.classify, clock)
         self.chooser = Chooser(self.classifier)
         self.rejections = log_rejections(settings.validation_log)
@@ -966,7 +977,11 @@ class Router:
         before = self.clock()
         call.chat, call.stream = chat, chat.stream
         call.flight.due = NEVER
-        decision = call.decision = self.chooser.choose(chat, call.table, call.flight)
+        decision = self.chooser.choose(chat, call.table, call.flight)
+        if other := self.history.way_out(call.table, decision.category, call.client):
+            reason = f"a limit is spent; else {decision.category} by {decision.mode}"
+            decision = _decide(call.table, other, "limit", reason)
+        call.decision = decision
         call.category, call.mode, call.reason = decision[:3]
         call.whole = decision.whole
         call.deadline = call.started + decision.timeouts["total"]
@@ -982,7 +997,7 @@ class Router:
         rest of the chain stands in judge.py. The ticket of the model that answers stays with the
         call, and `finish` settles it.
         """
-        self._check_budget(call.table)
+        self.history.refuse_spent(call.table, decision.category, call.client)
         queue = self._usable(call, decision)
         early = self.breakers.due_soonest([model.id for model in queue])
         failures: list[Failure] = []
@@ -1089,15 +1104,6 @@ class Router:
         flight.wait(pause_s)
         return True
 
-    def _check_budget(self, table: Table) -> None:
-        limit = table.daily_limit_usd
-        if limit is None or self.metrics.spent_today_usd() < limit:
-            return
-        wait_s = 86400 - int(time.time()) % 86400
-        text = f"the daily limit of {limit} USD (daily_limit_usd) is spent; it ends at midnight UTC"
-        headers = {"Retry-After": str(wait_s), "x-should-retry": "false"}
-        raise RouterError(429, "budget_exhausted", text, headers=headers)
-
     def _usable(self, call: Call, decision: Decision) -> list[Model]:
         """The models of the chain that can take the request; 422 or 503 when there is none."""
         usable = [model for model in decision.chain if not self.passed_over(call.chat, model)]
@@ -1197,6 +1203,7 @@ class Router:
             self.flights.release(call.flight)
             call.seconds = self.clock() - call.started
             call.relay, call.chat = None, NO_CHAT  # a response may be kept longer than its call
+            self.history.add(call)
             log.info("request", self.metrics.record(call))
 
     def _note_end(self, call: Call, relay: Relay, attempt: Attempt) -> None:
@@ -1290,7 +1297,7 @@ def serve_chat(app: App, environ: dict[str, Any]) -> ChatResponse | flask.Respon
     request.max_content_length = app.config["MAX_CONTENT_LENGTH"]
     owner: Router = app.extensions["router"]
     try:
-        guard(request, owner.settings)
+        guard(request, owner.settings, owner.clients)
         return proxy(owner, request)
     except Exception as e:  # noqa: BLE001  a bug of ours becomes a 500 that says so
         with app.request_context(environ):
@@ -1304,6 +1311,7 @@ def proxy(owner: Router, request: flask.Request) -> ChatResponse:
     """
     environ = request.environ
     call = environ[CALL] = owner.begin(environ.get("gunicorn.socket"))
+    call.client = environ.get(CLIENT, call.client)
     owner.flights.acquire(call.flight)
     decision = owner.choose(call, read_chat(read_body(request)))
     call.whole = call.whole or environ.get("HTTP_X_ROUTER_STREAM", "").lower() == "whole"
@@ -1365,32 +1373,6 @@ def explain(owner: Router, call: Call, chat: Chat) -> dict[str, Any]:
             "words": [{"word": word, "weight": n} for word, n in decision.words]}  # fmt: skip
 
 
-@routes.get("/v1/models")
-@routes.get("/models")
-def models() -> dict[str, Any]:
-    """OpenAI's list of what `model` may be."""
-    return {
-        "object": "list",
-        "data": [model_entry(id_) for id_ in router().current_table().names()],
-    }
-
-
-@routes.get("/v1/models/<path:name>")
-@routes.get("/models/<path:name>")
-def model(name: str) -> dict[str, Any]:
-    """One entry of that list."""
-    if name not in router().current_table().names():
-        text = "no such model: GET /v1/models lists them"
-        raise RouterError(404, "model_not_found", text, param="model")
-    return model_entry(name)
-
-
-def model_entry(id_: str) -> dict[str, Any]:
-    """OpenAI's model object."""
-    owner = "llm-router" if id_.partition("/")[0] == "router" else id_.rpartition("/")[0]
-    return {"id": id_, "object": "model", "created": 0, "owned_by": owner or "llm-router"}
-
-
 @routes.get("/health")
 def health() -> dict[str, Any]:
     """The reference's keys, then what an operator asks next; nobody is called."""
@@ -1406,6 +1388,8 @@ def health() -> dict[str, Any]:
         "upstreams": {u.name: router().upstreams.state(u) for u in table.upstreams.values()},
         "classifier": router().classifier.status(table),
         "demo": router().settings.demo,
+        "history": router().history.health(),
+        **({"clients": router().clients.health()} if router().clients else {}),
         **({"cluster": router().cluster.health()} if router().cluster else {}),
     }
 
@@ -1417,27 +1401,6 @@ def ready() -> tuple[dict[str, Any], int]:
     able = (id_ for id_ in table.chain_ids if upstreams.answers(table.models[id_].upstream, now))
     is_ready = any(router().breakers.would_admit(id_) for id_ in able)
     return {"status": "ready" if is_ready else "not_ready"}, 200 if is_ready else 503
-
-
-@routes.get("/metrics")
-def metrics() -> dict[str, Any] | flask.Response:
-    """The reference's figures and ours, or the same as Prometheus text for who asks for that."""
-    table, circuits = router().current_table(), router().breakers.snapshot()
-    accept = flask.request.headers.get("Accept", "")
-    wanted = flask.request.args.get("format") == "prometheus"
-    scraper = "openmetrics-text" in accept or "text/plain" in accept
-    if wanted or (scraper and "application/json" not in accept):
-        states = {model: circuit["state"] for model, circuit in circuits.items()}
-        gauges = Gauges(states, len(router().flights), VERSION)
-        text, content_type = as_prometheus(accept, router().metrics, gauges)
-        return flask.Response(text, content_type=content_type)
-    return {
-        **router().metrics.as_json(table),
-        **(router().cluster.figures() if router().cluster else {}),
-        "in_flight": len(router().flights),
-        "circuit_breaker": breaker_figures(circuits, table.breaker),
-        "recent_requests": router().metrics.recent(),
-    }
 
 
 @routes.get("/config")
@@ -1494,18 +1457,6 @@ def reset_all() -> dict[str, Any]:
     return {"status": "ok"}
 
 
-@routes.get("/")
-def index() -> dict[str, Any] | flask.Response:
-    """The page for a browser, pointers to the other routes for a program."""
-    if "text/html" in flask.request.headers.get("Accept", ""):
-        page, policy = flask.current_app.extensions["page"]
-        headers = {"Content-Security-Policy": policy}
-        return flask.Response(page, mimetype="text/html", headers=headers)
-    return {"service": "llm-router", "version": VERSION, "chat": "/v1/chat/completions",
-            "models": "/v1/models", "dry_run": "/route", "health": "/health", "metrics": "/metrics",
-            "config": "/config"}  # fmt: skip
-
-
 # --- application -------------------------------------------------------------------------------
 
 
@@ -1514,6 +1465,8 @@ def create_app(settings: Settings | None = None, *, session: requests.Session | 
     """The WSGI application. RoutesError or SettingsError when it cannot serve."""
     settings = settings or Settings.from_env(os.environ)
     log_to_stderr(settings.log_format)
+    if settings.notify_url:
+        log.addHandler(Notifier(settings.notify_url, settings.instance))
     session = session or new_session(settings.threads)
     if settings.demo:
         from parts import demo  # only here: a router with a key never loads it
@@ -1527,10 +1480,11 @@ def create_app(settings: Settings | None = None, *, session: requests.Session | 
         cluster = Cluster(settings.redis_url, settings.instance, settings.address[1], clock)
     owner = app.extensions["router"] = Router(settings, session, clock, cluster)
     if cluster:
-        cluster.join(owner.store, owner.breakers)
+        cluster.join(owner.store, owner.breakers, owner.history)
     app.register_blueprint(routes)
+    app.register_blueprint(shown)
     app.before_request(lambda: preflight(flask.request, settings))
-    app.before_request(lambda: guard(flask.request, settings))
+    app.before_request(lambda: guard(flask.request, settings, owner.clients))
     app.after_request(add_headers)
     app.register_error_handler(Exception, error_response)
     log.info("start", {"version": VERSION, "routes": str(settings.routes), "demo": settings.demo})

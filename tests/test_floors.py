@@ -10,9 +10,9 @@ from conftest import ROOT
 FLOORS = (  # what stands on a floor knows what stands below, and nothing beside it
     "addresses bootstrap demo errors jsontext logs prompts",
     # cluster is asked by livefile and by router.py, and is handed both: neither imports the other
-    "chat cluster errortext flights livefile settings table worker",
-    "access exchange metrics",
-    "carrier events judge live",
+    "chat cluster errortext flights livefile notify settings table worker",
+    "access clients exchange history metrics",
+    "carrier events judge live views",
     "command relay",
 )
 FLOOR = {name: n for n, names in enumerate(FLOORS) for name in names.split()}
