@@ -12,7 +12,7 @@ FLOORS = (  # what stands on a floor knows what stands below, and nothing beside
     # cluster is asked by livefile and by router.py, and is handed both: neither imports the other
     "chat cluster errortext flights livefile notify settings table worker",
     "access clients exchange history metrics",
-    "carrier events judge live views",
+    "carrier events judge ledger live views",
     "command relay",
 )
 FLOOR = {name: n for n, names in enumerate(FLOORS) for name in names.split()}

@@ -119,7 +119,7 @@ def test_32_threads_lose_no_row_and_no_cent(tmp_path, table_and_call):
     assert History(tmp_path / "other.db").figures("day") == kept.figures("day")
 
 
-# --- what outlasts the process --------------------------------------------------------------------
+# --- what outlasts the process -------------------------------------------------------------------
 
 
 def test_the_days_spending_holds_after_a_restart(build, routes, file, upstream):
@@ -176,7 +176,7 @@ def test_a_stop_and_a_reload_lose_nothing(serve_once, signal_):
     assert [row["outcome"] for row in rows_in(service.folder / "usage.db")[:2]] == ["success"] * 2
 
 
-# --- whatever is wrong with the file --------------------------------------------------------------
+# --- whatever is wrong with the file -------------------------------------------------------------
 
 
 def foreign(file: Path) -> None:
