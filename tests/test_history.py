@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import sqlite3
@@ -217,7 +216,7 @@ def test_a_file_that_cannot_be_used_costs_one_warning_and_no_request(
     else:
         file.rmdir()
     written(client, file, 4)  # and once it is mended nothing is missing
-    assert health(client) == {"status": "ok"}
+    wait_until(lambda: health(client) == {"status": "ok"})
 
 
 def test_a_locked_file_is_written_when_it_is_free_again(client, file, monkeypatch):
@@ -331,7 +330,7 @@ def test_the_oldest_of_too_many_rows_go_chunk_by_chunk_and_give_their_room_back(
     path = tmp_path / "many.db"
     row = history.row_of(call)
     with contextlib.closing(history.opened(path)) as db:
-        db.execute(history._INSERT, (json.dumps([row._replace(id=str(n)) for n in range(1000)]),))
+        history.insert(db, [row._replace(id=str(n)) for n in range(1000)])
         [before] = db.execute("PRAGMA page_count").fetchone()
 
         rounds = [history.tidy(db, 90) for _ in range(3)]
