@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import wait_until
 from service import ROOT, Service, free_port, small_routes
 from upstream import Upstream, error, hang, slow, whole
 
@@ -438,6 +439,7 @@ def spent(serve: Callable[..., Service]) -> Service:
     found = serve()
     for text in ("please refactor this python", "hello", "hello"):
         found.chat(text)
+    wait_until(lambda: found.get("/metrics").json()["today"]["success"] == 3)
     return found
 
 
