@@ -126,6 +126,9 @@ class Settings:
         if not os.access(self.validation_log.parent, os.W_OK) or self.validation_log.is_dir():
             found.append(f"ROUTER_VALIDATION_LOG: {self.validation_log} cannot be written; what "
                          "was wrong with refused bodies is not kept")  # fmt: skip
+        file = self.clients_file
+        if file and file.exists() and file.stat().st_mode & 0o077:
+            found.append(f"ROUTER_CLIENTS_FILE: others may read the keys in {file}: chmod 600 it")
         return found
 
 

@@ -147,24 +147,21 @@ def own_usage() -> dict[str, Any]:
     month, day = (history.figures(span, *who, table) for span in ("month", "day"))
     span, window = (now, day) if "limit_usd" not in month and "limit_usd" in day else (
         now[:7], month)  # fmt: skip
-    limit, left = window.get("limit_usd"), window.get("left_usd")
-    budget: dict[str, Any] = {
-        "configured": limit is not None,
-        "windowKey": f"{name or 'all'}/{span}",
-    }
+    spent = window["cost_usd"] + window.get("elsewhere_usd", 0.0)
+    limit = window.get("limit_usd")
+    budget = {"configured": limit is not None, "windowKey": f"{name or 'all'}/{span}"}
     if limit is not None:
-        budget |= {"limitMicros": micros(limit), "spentMicros": micros(limit) - micros(left)
-                   if left else max(micros(limit), micros(window["cost_usd"])),
-                   "remainingMicros": micros(left)}  # fmt: skip
+        budget |= {"limitMicros": micros(limit), "spentMicros": micros(spent),
+                   "remainingMicros": micros(window["left_usd"])}  # fmt: skip
     summary = {"requestCount": month["requests"], "actualCostMicros": micros(month["cost_usd"]),
                "totalTokens": month["tokens_in"] + month["tokens_out"]}  # fmt: skip
     return {"client": name or DEFAULT, "budget": budget, "usage": {"summary": summary},
             "today": day, "month": month}  # fmt: skip
 
 
-def micros(usd: float | None) -> int:
+def micros(usd: float) -> int:
     """Millionths of a USD."""
-    return round((usd or 0.0) * 1e6)
+    return round(usd * 1e6)
 
 
 # --- figures -------------------------------------------------------------------------------------

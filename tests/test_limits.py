@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import settings_for
 from helpers import figures
 from service import KEY, small_routes
 from upstream import whole
@@ -222,6 +223,16 @@ def test_a_file_that_cannot_be_meant_stops_the_start_without_its_keys(tmp_path, 
 
     assert said in str(e.value)
     assert "kkkk" not in str(e.value)
+
+
+def test_keys_that_others_may_read_are_a_doubt(file):
+    settings = settings_for(file, ROUTER_CLIENTS_FILE=str(file), ROUTER_API_KEY=OWN)
+    file.chmod(0o640)
+    assert any("chmod 600" in doubt for doubt in settings.doubts)
+
+    file.chmod(0o600)
+
+    assert not any("chmod 600" in doubt for doubt in settings.doubts)
 
 
 def test_a_missing_file_stops_the_start(build, tmp_path):
