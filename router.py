@@ -16,6 +16,7 @@ Who owns which state, each object with one private lock:
     Flights      what is in the air: permits, sockets, deadlines           (flights.py)
     Carrier      the streams that one thread passes on                     (carrier.py)
     Metrics      counters and the ring of recent requests                  (metrics.py)
+    History      requests and spending, which outlast the process          (history.py)
 
 What this file stands on is in parts/, floor by floor (tests/test_floors.py); nothing there imports
 it. Importing this module starts nothing: `create_app` builds the objects.
@@ -52,6 +53,7 @@ import flask
 import requests
 
 from parts.access import (
+    CLIENT,
     as_router_error,
     cors_headers,
     guard,
@@ -60,11 +62,13 @@ from parts.access import (
 )  # fmt: skip
 from parts.carrier import Carrier
 from parts.chat import Chat, chat_of, check, parse_body, read_body, read_chat
+from parts.clients import Clients
 from parts.command import main
 from parts.dialects import CHAT, DIALECT_AT, DIALECTS, Dialect, dialect_of, passed_on
 from parts.errors import ClassifierError, Failure, RouterError, known_part, scrub
 from parts.exchange import MAX_ERROR, Endpoint, Reply, new_session, read_whole
 from parts.flights import NEVER, Flight, Flights
+from parts.history import History
 from parts.judge import (
     THINK_REFUSED,
     VERDICTS,
@@ -79,7 +83,8 @@ from parts.judge import (
 from parts.livefile import Store
 from parts.logs import log_rejections, log_to_stderr, now_text
 from parts.lru import Lru
-from parts.metrics import Attempt, Gauges, Metrics, Record, as_prometheus, breaker_figures
+from parts.metrics import Attempt, Metrics, Record
+from parts.notify import Notifier
 from parts.prompts import (
     HEAD,
     LOOK_BACK,
@@ -95,6 +100,7 @@ from parts.prompts import (
 from parts.relay import Relay
 from parts.settings import VERSION, Settings, SettingsError
 from parts.table import BUILT_IN, Model, Table, Upstream, load_table
+from parts.views import shown
 
 if TYPE_CHECKING:
     from parts.cluster import CircuitState, Cluster
@@ -795,6 +801,8 @@ class Upstreams:
         """Remember for /health whether it takes our key."""
         if outcome == "unauthorized":
             since = self._refused.get(upstream.name, (now_text(), now))[0]
+            if upstream.name not in self._refused:
+                log.warning("key_refused", {"upstream": upstream.name, "key": upstream.api_key_env})
             self._refused[upstream.name] = since, now
         elif outcome == "success":
             self._refused.pop(upstream.name, None)
@@ -908,6 +916,9 @@ class Router:
         self.carrier = Carrier()
         self.upstreams = Upstreams(settings, session)
         self.metrics = Metrics(clock)
+        self.history = History(settings.history, cluster)
+        own = settings.api_key, settings.admin_token
+        self.clients = Clients(settings.clients_file, own, clock)
         self.classifier = Classifier(self.upstreams.classify, clock)
         self.made = Lru(10_000)  # id of a response or conversation -> the model that made it
         self.chooser = Chooser(self.classifier)
@@ -934,13 +945,17 @@ class Router:
         before = self.clock()
         call.chat, call.stream = chat, chat.stream
         call.flight.due = NEVER
-        decision = call.decision = self.chooser.choose(chat, call.table, call.flight)
+        decision = self.chooser.choose(chat, call.table, call.flight)
+        if other := self.history.way_out(call.table, decision.category, call.client):
+            reason = f"a limit is spent; else {decision.category} by {decision.mode}"
+            decision = _decide(call.table, other, "limit", reason)
         call.continues = chat.dialect.continues(chat.body)
         made_by = self.made.get(call.continues) if call.continues else None
         if made_by and made_by in call.table.models:  # nobody else knows what came before
             first = call.table.models[made_by]
             others = (model for model in decision.chain if model != first)
-            decision = call.decision = decision._replace(chain=(first, *others))
+            decision = decision._replace(chain=(first, *others))
+        call.decision = decision
         call.category, call.mode, call.reason = decision[:3]
         call.whole = decision.whole
         call.deadline = call.started + decision.timeouts["total"]
@@ -956,7 +971,7 @@ class Router:
         rest of the chain stands in judge.py. The ticket of the model that answers stays with the
         call, and `finish` settles it.
         """
-        self._check_budget(call.table)
+        self.history.refuse_spent(call.table, decision.category, call.client)
         queue = self._usable(call, decision)
         early = self.breakers.due_soonest([model.id for model in queue])
         failures: list[Failure] = []
@@ -1069,15 +1084,6 @@ class Router:
         flight.wait(pause_s)
         return True
 
-    def _check_budget(self, table: Table) -> None:
-        limit = table.daily_limit_usd
-        if limit is None or self.metrics.spent_today_usd() < limit:
-            return
-        wait_s = 86400 - int(time.time()) % 86400
-        text = f"the daily limit of {limit} USD (daily_limit_usd) is spent; it ends at midnight UTC"
-        headers = {"Retry-After": str(wait_s), "x-should-retry": "false"}
-        raise RouterError(429, "budget_exhausted", text, headers=headers)
-
     def _usable(self, call: Call, decision: Decision) -> list[Model]:
         """The models of the chain that can take the request; 422 or 503 when there is none."""
         usable = [model for model in decision.chain if not self.passed_over(call.chat, model)]
@@ -1180,6 +1186,8 @@ class Router:
             self.flights.release(call.flight)
             call.seconds = self.clock() - call.started
             call.relay, call.chat = None, NO_CHAT  # a response may be kept longer than its call
+            if call.is_counted:
+                self.history.add(call)
             log.info("request", self.metrics.record(call))
 
     def _note_end(self, call: Call, relay: Relay, attempt: Attempt) -> None:
@@ -1273,7 +1281,7 @@ def serve_chat(app: App, environ: dict[str, Any]) -> ChatResponse | flask.Respon
     request.max_content_length = app.config["MAX_CONTENT_LENGTH"]
     owner: Router = app.extensions["router"]
     try:
-        guard(request, owner.settings)
+        guard(request, owner.settings, owner.clients)
         return proxy(owner, request)
     except Exception as e:  # noqa: BLE001  a bug of ours becomes a 500 that says so
         with app.request_context(environ):
@@ -1288,6 +1296,7 @@ def proxy(owner: Router, request: flask.Request) -> ChatResponse:
     environ = request.environ
     dialect = DIALECT_AT[environ["PATH_INFO"]]
     call = environ[CALL] = owner.begin(environ.get("gunicorn.socket"), dialect)
+    call.client = environ.get(CLIENT, call.client)
     owner.flights.acquire(call.flight)
     chat = read_chat(read_body(request), dialect)
     chat.headers, chat.query = passed_on(dialect, environ)
@@ -1352,32 +1361,6 @@ def explain(owner: Router, call: Call, chat: Chat) -> dict[str, Any]:
             "words": [{"word": word, "weight": n} for word, n in decision.words]}  # fmt: skip
 
 
-@routes.get("/v1/models")
-@routes.get("/models")
-def models() -> dict[str, Any]:
-    """OpenAI's list of what `model` may be."""
-    return {
-        "object": "list",
-        "data": [model_entry(id_) for id_ in router().current_table().names()],
-    }
-
-
-@routes.get("/v1/models/<path:name>")
-@routes.get("/models/<path:name>")
-def model(name: str) -> dict[str, Any]:
-    """One entry of that list."""
-    if name not in router().current_table().names():
-        text = "no such model: GET /v1/models lists them"
-        raise RouterError(404, "model_not_found", text, param="model")
-    return model_entry(name)
-
-
-def model_entry(id_: str) -> dict[str, Any]:
-    """OpenAI's model object."""
-    owner = "llm-router" if id_.partition("/")[0] == "router" else id_.rpartition("/")[0]
-    return {"id": id_, "object": "model", "created": 0, "owned_by": owner or "llm-router"}
-
-
 @routes.get("/health")
 def health() -> dict[str, Any]:
     """The reference's keys, then what an operator asks next; nobody is called."""
@@ -1393,6 +1376,8 @@ def health() -> dict[str, Any]:
         "upstreams": {u.name: router().upstreams.state(u) for u in table.upstreams.values()},
         "classifier": router().classifier.status(table),
         "demo": router().settings.demo,
+        "history": router().history.health(),
+        **({"clients": router().clients.health()} if router().clients else {}),
         **({"cluster": router().cluster.health()} if router().cluster else {}),
     }
 
@@ -1404,27 +1389,6 @@ def ready() -> tuple[dict[str, Any], int]:
     able = (id_ for id_ in table.chain_ids if upstreams.answers(table.models[id_].upstream, now))
     is_ready = any(router().breakers.would_admit(id_) for id_ in able)
     return {"status": "ready" if is_ready else "not_ready"}, 200 if is_ready else 503
-
-
-@routes.get("/metrics")
-def metrics() -> dict[str, Any] | flask.Response:
-    """The reference's figures and ours, or the same as Prometheus text for who asks for that."""
-    table, circuits = router().current_table(), router().breakers.snapshot()
-    accept = flask.request.headers.get("Accept", "")
-    wanted = flask.request.args.get("format") == "prometheus"
-    scraper = "openmetrics-text" in accept or "text/plain" in accept
-    if wanted or (scraper and "application/json" not in accept):
-        states = {model: circuit["state"] for model, circuit in circuits.items()}
-        gauges = Gauges(states, len(router().flights), VERSION)
-        text, content_type = as_prometheus(accept, router().metrics, gauges)
-        return flask.Response(text, content_type=content_type)
-    return {
-        **router().metrics.as_json(table),
-        **(router().cluster.figures() if router().cluster else {}),
-        "in_flight": len(router().flights),
-        "circuit_breaker": breaker_figures(circuits, table.breaker),
-        "recent_requests": router().metrics.recent(),
-    }
 
 
 @routes.get("/config")
@@ -1481,18 +1445,6 @@ def reset_all() -> dict[str, Any]:
     return {"status": "ok"}
 
 
-@routes.get("/")
-def index() -> dict[str, Any] | flask.Response:
-    """The page for a browser, pointers to the other routes for a program."""
-    if "text/html" in flask.request.headers.get("Accept", ""):
-        page, policy = flask.current_app.extensions["page"]
-        headers = {"Content-Security-Policy": policy}
-        return flask.Response(page, mimetype="text/html", headers=headers)
-    return {"service": "llm-router", "version": VERSION, "chat": "/v1/chat/completions",
-            "models": "/v1/models", "dry_run": "/route", "health": "/health", "metrics": "/metrics",
-            "config": "/config"}  # fmt: skip
-
-
 # --- application -------------------------------------------------------------------------------
 
 
@@ -1501,6 +1453,8 @@ def create_app(settings: Settings | None = None, *, session: requests.Session | 
     """The WSGI application. RoutesError or SettingsError when it cannot serve."""
     settings = settings or Settings.from_env(os.environ)
     log_to_stderr(settings.log_format)
+    if settings.notify_url:
+        log.addHandler(Notifier(settings.notify_url, settings.instance))
     session = session or new_session(settings.threads)
     if settings.demo:
         from parts import demo  # only here: a router with a key never loads it
@@ -1514,10 +1468,11 @@ def create_app(settings: Settings | None = None, *, session: requests.Session | 
         cluster = Cluster(settings.redis_url, settings.instance, settings.address[1], clock)
     owner = app.extensions["router"] = Router(settings, session, clock, cluster)
     if cluster:
-        cluster.join(owner.store, owner.breakers)
+        cluster.join(owner.store, owner.breakers, owner.history)
     app.register_blueprint(routes)
+    app.register_blueprint(shown)
     app.before_request(lambda: preflight(flask.request, settings))
-    app.before_request(lambda: guard(flask.request, settings))
+    app.before_request(lambda: guard(flask.request, settings, owner.clients))
     app.after_request(add_headers)
     app.register_error_handler(Exception, error_response)
     log.info("start", {"version": VERSION, "routes": str(settings.routes), "demo": settings.demo})

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import flask
 from werkzeug.exceptions import HTTPException
@@ -27,6 +27,7 @@ from parts.settings import Settings
 log = logging.getLogger("llm_router")
 
 JSON = "application/json"
+CLIENT = "llm_router.client"  # where the environment keeps the name of a client
 # Whoever passes a request on says so in one of these, as WSGI names them. There are too many to
 # list, and to take one of another kind for one of them only asks for ROUTER_ADMIN_TOKEN.
 FORWARDED = re.compile(
@@ -51,16 +52,33 @@ def read_page(path: Path) -> tuple[bytes, str]:
     return text.encode(), policy
 
 
-def guard(request: flask.Request, settings: Settings) -> None:
-    """Host, origin, key and content type of every request, before anything is read."""
+class Clients(Protocol):
+    """Whose key it is (parts/clients.py); false when no file names any."""
+
+    def __bool__(self) -> bool: ...
+
+    def name_of(self, key: str) -> str:
+        """The client's name, '' for nobody's."""
+
+
+def guard(request: flask.Request, settings: Settings, clients: Clients) -> None:
+    """Host, origin, key and content type of every request, before anything is read.
+
+    Whose key it is stands in the environment under CLIENT, if it is a client's.
+    """
     check_origin(request, settings)
     needed = keys_needed(request, settings)
     environ = request.environ  # a fifth of the cost of request.headers
-    given = keys_given(environ)
-    if needed and not any(
+    named = clients and for_clients(request.path)
+    given = keys_given(environ) if needed or named else []
+    name = next(filter(None, map(clients.name_of, given)), "") if named else ""
+    if name:
+        environ[CLIENT] = name
+    elif (needed or named) and not any(
         [hmac.compare_digest(g.encode(), key.encode()) for g in given for key in needed.values()]
     ):
-        names = " or ".join(needed)  # a sentence that survives clients which mask what looks secret
+        # a sentence that survives clients which mask what looks secret
+        names = " or ".join([*needed, *(["a key of ROUTER_CLIENTS_FILE"] if named else [])])
         text = f"no key was sent; send the value of {names} as a Bearer token"
         text = f"the key that was sent is not the value of {names}" if given else text
         raise RouterError(401, "invalid_api_key", text, headers={"WWW-Authenticate": "Bearer"})
@@ -114,7 +132,15 @@ def is_allowed(host: str, settings: Settings) -> bool:
 
 def is_operators(path: str) -> bool:
     """True for what shows or changes the state of the router: no page of another origin may."""
-    return path in ("/config", "/metrics") or path.startswith(("/config/", "/circuit-breaker/"))
+    return path in ("/config", "/metrics", "/usage") or path.startswith(
+        ("/config/", "/circuit-breaker/", "/usage/")
+    )
+
+
+def for_clients(path: str) -> bool:
+    """True for what a client's key opens."""
+    models = path.removeprefix("/v1").startswith("/models")
+    return path in DIALECT_AT or models or path in ("/route", "/v1/usage", "/v1/catalog")
 
 
 def cors_headers(request: flask.Request, settings: Settings) -> dict[str, str]:
@@ -152,9 +178,9 @@ def keys_needed(request: flask.Request, settings: Settings) -> dict[str, str]:
             text = "without ROUTER_ADMIN_TOKEN only this machine may change things, and by no proxy"
             raise RouterError(403, "only_local", text)
         needed = {"ROUTER_ADMIN_TOKEN": token}
-    elif path in ("/config", "/metrics") or (path == "/route" and api_key):
+    elif is_operators(path) or (path == "/route" and (api_key or settings.clients_file)):
         needed = any_key
-    elif path in DIALECT_AT or path.removeprefix("/v1").startswith("/models"):
+    elif for_clients(path) and path != "/route":
         needed = {"ROUTER_API_KEY": api_key}
     return {name: key for name, key in needed.items() if key}
 

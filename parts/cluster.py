@@ -10,7 +10,7 @@ Who runs what
                   tell    after a circuit opened, closed, was held or reset: leaves a word for the
                           thread and wakes it; waits for nothing
     a change      agree   under the folder's lock, when only the rename of the file is left
-    the thread    share   twice a second, and when woken: all the rest
+    the thread    share   twice a second, and when woken: all the rest, and what was spent
 
 Who may touch what
     Link.error, since     under Link's lock; `error` is read without it
@@ -38,9 +38,10 @@ Whenever Redis fails, is slow or full, the instance is alone: it serves on what 
 nobody, and joins again by itself.
 
 Redis holds `llm-router:config` (version, text, by, tags), `llm-router:circuits` (model -> sequence
-number and state), `llm-router:seq`, `llm-router:instances`, and a `llm-router:probe:<hash>` for
-each probe that is out. Nothing that a client sends is in a key or a command. All of it is read as
-if a stranger had written it: whole, or not at all and with one line in the log (`Odd`).
+number and state), `llm-router:seq`, `llm-router:instances`, a `llm-router:probe:<hash>` for each
+probe that is out, and `llm-router:spent:<month>` (ledger -> USD of each limit). Nothing that a
+client sends is in a key or a command. All of it is read as if a stranger had written it: whole, or
+not at all and with one line in the log (`Odd`).
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ import re
 import secrets
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -80,7 +82,9 @@ SLACK_S = 60.0  # Redis's clock may be set while we run
 MOST_TEXT = 8 << 20  # bytes of routes.json; the shipped one has 80 KB
 MOST_ENTRY = 4000  # characters of one circuit; an instance writes 200 to 2,000
 VERSION = re.compile(r"[0-9]{1,15}-[0-9a-f]{1,64}")
+MOST_SPENT = 200_000  # characters of what one instance spent: 1,000 clients have 80,000
 KEYS = {name: f"llm-router:{name}" for name in ("config", "circuits", "seq", "instances")}
+SPENT = "llm-router:spent:"  # and the month
 PROBE = "llm-router:probe:"
 
 # ARGV[1] of each script is the latest time, by Redis's own clock, at which it may begin.
@@ -151,6 +155,18 @@ local n = next_seq(KEYS[2])
 redis.call('HSET', KEYS[1], model, n .. ' ' .. entry)
 return n
 """,
+    # What the other ledgers hold, each cut; ours is kept beside them.
+    "spend": """
+redis.call('HSET', KEYS[1], ARGV[2], ARGV[3])
+redis.call('EXPIRE', KEYS[1], 3456000)
+local others = {}
+for _, ledger in ipairs(redis.call('HKEYS', KEYS[1])) do
+  if ledger ~= ARGV[2] and #others < 1000 then
+    others[#others + 1] = start(KEYS[1], ledger, ARGV[4] + 1)
+  end
+end
+return others
+""",
     "forget": "for n = 2, #ARGV do redis.call('HDEL', KEYS[1], ARGV[n]) end",
     # 0: go; -1: look again, it changed; else the milliseconds that another probe may still take.
     "probe": """
@@ -220,6 +236,18 @@ class Store(Protocol):
 
     def read_beside(self, ending: str) -> str:
         """Such a note, or ''."""
+
+
+class History(Protocol):
+    """What the thread asks of history.History, which says more."""
+
+    ledger: str
+
+    def share(self) -> dict[str, float]:
+        """USD spent here of each limit, by `span|kind|name`; {} where there is no limit."""
+
+    def hear(self, others: Iterable[Mapping[str, float]]) -> None:
+        """The same of the others."""
 
 
 class Link:
@@ -394,6 +422,19 @@ def read_entry(text: str, link: Link) -> tuple[CircuitState | None, str]:
     ), by  # fmt: skip
 
 
+def read_spent(text: str) -> dict[str, float]:
+    """What another instance spent; or Odd."""
+    if len(text) > MOST_SPENT:
+        raise Odd("too long")
+    try:
+        spent = json.loads(text)
+    except (ValueError, RecursionError):
+        raise Odd("not JSON") from None
+    if not isinstance(spent, dict):
+        raise Odd("not an object")
+    return {name: number_in(spent, name, 1e9) for name in spent}
+
+
 def number_in(entry: Mapping[str, Any], key: str, most: float) -> float:
     """The number from 0 to `most` under `key`; NaN is none."""
     value: Any = entry.get(key)
@@ -415,6 +456,7 @@ class Cluster:
 
     _store: Store
     _breakers: Breakers
+    _history: History
 
     def __init__(self, url: str, instance: str, port: int, clock: Callable[[], float]):
         self.link = Link(url, instance or f"{socket.gethostname()}:{port}", clock)
@@ -433,9 +475,9 @@ class Cluster:
         self._heard = ("", "")  # sequence number and version up to which circuits are known
         self._first = threading.Event()
 
-    def join(self, store: Store, breakers: Breakers) -> None:
-        """Share these two from now on; they serve alone while Redis is out of reach."""
-        self._store, self._breakers = store, breakers
+    def join(self, store: Store, breakers: Breakers, history: History) -> None:
+        """Share these three from now on; they serve alone while Redis is out of reach."""
+        self._store, self._breakers, self._history = store, breakers, history
         note = store.read_beside("cluster").strip()
         self._noted = self._version = note if VERSION.fullmatch(note) else ""
         self.start()
@@ -533,6 +575,7 @@ class Cluster:
             self._stale, self._heard = False, news
             tidy = self._version == version and not self._behind
             self._hear_circuits(circuits, tidy)
+        self._share_spending()
         if self.link.found():
             about = {"instance": self.link.instance, "version": self._version}
             log.info("cluster_joined", {**about, "instances": ",".join(self._names())})
@@ -676,6 +719,28 @@ class Cluster:
         if known is not None or view_of(state) != NEW:
             word = "reset" if state is None else "open" if state.is_open else "closed"
             log.info("circuit_heard", {"model": model, "state": word, "by": by})
+
+    # --- spending ---------------------------------------------------------------------------------
+
+    def _share_spending(self) -> None:
+        """Tell what was spent here, where there are limits, and hear of the others'.
+
+        Without Redis the limits hold against what was heard last.
+        """
+        spent = self._history.share()
+        if not spent:
+            return
+        key = SPENT + time.strftime("%Y-%m", time.gmtime())
+        args = self._history.ledger, json.dumps(spent), MOST_SPENT
+        heard = []
+        for text in self.link.call("spend", [key], *args, timely=False):
+            try:
+                heard.append(read_spent(text))
+            except Odd as e:
+                if "spending" not in self._odd:
+                    self._odd.add("spending")
+                    log.warning("cluster_odd", {"model": "(spending)", "why": str(e)})
+        self._history.hear(heard)
 
     # --- what is shown ----------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The command line: serve, route, check."""
+"""The command line: serve, route, check, costs, requests."""
 
 from __future__ import annotations
 
@@ -48,6 +48,8 @@ def main(explain: Explain, argv: list[str] | None = None) -> int:
             return run_banner()
         if args.command == "check":
             return run_check(args.file, args.live, args.json)
+        if args.command in ("costs", "requests"):
+            return run_history(args)
     except (SettingsError, RoutesError) as e:
         errors = str(e).splitlines()
         if args.json:
@@ -71,7 +73,16 @@ def command_line() -> argparse.ArgumentParser:
     check.add_argument("file", nargs="?", help="default: ROUTER_ROUTES, or routes.json")
     check.add_argument("--banner", action="store_true", help="say where the service will listen")
     check.add_argument("--live", action="store_true", help="ask each upstream what it knows; free")
-    for command in (serve, route, check):
+    costs = commands.add_parser("costs", help="say what was spent, from the history")
+    costs.add_argument("--by", default="day", help="day, category, model, client; some with commas")
+    costs.add_argument("--days", type=int, default=30, help="how many, today (UTC) included")
+    costs.add_argument("--csv", action="store_true", help="for a spreadsheet")
+    kept = commands.add_parser("requests", help="show the last requests of the history")
+    kept.add_argument("-n", type=int, default=20, help="how many at most")
+    kept.add_argument("--model", default="", help="only those that this model answered")
+    kept.add_argument("--outcome", default="", help="success, failed, rejected or cancelled")
+    kept.add_argument("--follow", action="store_true", help="go on as they end")
+    for command in (serve, route, check, costs, kept):
         command.add_argument("--json", action="store_true", help="for a program: one JSON document")
     return parser
 
@@ -159,7 +170,7 @@ def run_route(text: str, as_json: bool, explain: Explain) -> int:
     try:
         status, found = ask_service(settings.url, text, headers)
     except (OSError, ValueError, KeyError, TypeError):  # it does not run, or is a stranger
-        status, found = 200, explain(replace(settings, redis_url=""), text)
+        status, found = 200, explain(replace(settings, redis_url="", history=None), text)
         for model in found["chain"]:
             model["circuit"] = "unknown"
     if as_json:
@@ -242,6 +253,23 @@ def run_check(file: str | None, live: bool, as_json: bool) -> int:
         word = mark(f"{state:8s}", 32 if state == "fine" else 33 if fine else 31, sys.stdout)
         sys.stdout.write(f"{what:{width}s}  {word}  {says}\n")
     return 0 if is_fine else 1
+
+
+def run_history(args: argparse.Namespace) -> int:
+    """Print what was spent, or the last requests; SettingsError when there is no history."""
+    from parts import ledger  # only here: a start needs no SQLite for its check
+
+    settings, _ = read_environment()
+    if args.command == "costs":
+        form = "json" if args.json else "csv" if args.csv else "text"
+        return ledger.show_costs(settings, args.by, max(1, args.days), form)
+    most = max(1, args.n)
+    try:
+        return ledger.show_requests(
+            settings, most, args.model, args.outcome, args.follow, args.json
+        )
+    except (KeyboardInterrupt, BrokenPipeError):  # the only ways to end --follow
+        return 0
 
 
 def print_banner(settings: Settings, table: Table) -> None:

@@ -199,18 +199,19 @@ class Record:
     """What is told of one request when it has ended; no prompt, no answer."""
 
     id: str
+    dialect: str = "chat"
     outcome: str = ""
     status: int = 200
     category: str = "none"
     mode: str = "none"
     reason: str = ""
-    dialect: str = "chat"
     stream: bool = False
     attempts: list[Attempt] = field(default_factory=list)
     answered_by: Attempt | None = None
     seconds: float = 0.0
     first_token_s: float | None = None
     choose_s: float = 0.0
+    client: str = "default"  # whose key it came with
 
     is_counted: bool = True  # False: only in the log
 
@@ -262,11 +263,10 @@ class Metrics:
         self._sums: defaultdict[Key, float] = defaultdict(float)
         self._latencies: dict[str, deque[float]] = {}
         self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
-        self._day = (0, 0.0)  # days since 1970, UTC, and USD spent in that one
 
     def record(self, call: Record) -> dict[str, Any]:
         """Book one request and return its summary. Only labels of the configuration become keys."""
-        entry, day = call.summary(), int(time.time()) // 86400
+        entry = call.summary()
         outcome, last = entry["outcome"], call.last
         if not call.is_counted:
             return entry
@@ -276,7 +276,7 @@ class Metrics:
             if call.mode != "none":
                 self._observe("choose", call.mode, call.choose_s, FINE_BUCKETS_S)
             for attempt in call.attempts:
-                self._book_attempt(attempt, day)
+                self._book_attempt(attempt)
             if outcome == "success" and last:
                 self._book_success(call, last.model.id)
             if outcome in ("success", "failed"):
@@ -284,15 +284,13 @@ class Metrics:
             self._recent.append({"time": now_text(), **entry})
         return entry
 
-    def _book_attempt(self, attempt: Attempt, day: int) -> None:
+    def _book_attempt(self, attempt: Attempt) -> None:
         id_ = attempt.model.id
         self._counts["attempt", id_, attempt.outcome] += 1
         for kind, n in attempt.tokens.items():
             self._counts["tokens", id_, kind] += n
         if attempt.cost_usd is not None:
             self._sums[("cost", id_)] += attempt.cost_usd
-            spent = self._day[1] if self._day[0] == day else 0.0
-            self._day = (day, spent + attempt.cost_usd)
         elif attempt.usage or attempt.outcome in ("success", "client_left"):
             self._counts["unpriced", id_] += 1
 
@@ -308,12 +306,6 @@ class Metrics:
         at = bisect_left(buckets, seconds)
         self._counts[name, label, BUCKET_NAMES[buckets[at] if at < len(buckets) else math.inf]] += 1
         self._sums[(name, label)] += seconds
-
-    def spent_today_usd(self) -> float:
-        """USD since midnight UTC, as far as prices are known."""
-        day = int(time.time()) // 86400
-        with self._lock:
-            return self._day[1] if self._day[0] == day else 0.0
 
     def recent(self) -> list[dict[str, Any]]:
         """The last requests, newest first."""
@@ -339,7 +331,6 @@ class Metrics:
             "category_distribution": dict(_column("category", counts)),
             "routing_mode_distribution": dict(_column("mode", counts)),
             "unpriced_requests": sum(n for _, n in _column("unpriced", counts)),
-            "spent_today_usd": round(self.spent_today_usd(), 10),
             "tokens": _tokens_in_all(counts),
             "models": {
                 id_: _model_figures(id_, counts, sums, latencies.get(id_)) for id_ in models

@@ -20,13 +20,13 @@ from parts.jsontext import BOMS, decode
 VERSION = "0.4.0"
 HERE = Path(__file__).resolve().parent.parent
 
-SECRETS = ("ROUTER_API_KEY", "ROUTER_ADMIN_TOKEN", "ROUTER_REDIS_URL")
-PATHS = ("ROUTER_ROUTES", "ROUTER_VALIDATION_LOG", "REQUESTS_CA_BUNDLE")
+SECRETS = ("ROUTER_API_KEY", "ROUTER_ADMIN_TOKEN", "ROUTER_REDIS_URL", "ROUTER_NOTIFY_URL")
+PATHS = ("ROUTER_ROUTES", "ROUTER_VALIDATION_LOG", "ROUTER_HISTORY", "REQUESTS_CA_BUNDLE")
 NAMES = (
     *SECRETS, *(f"{name}_FILE" for name in SECRETS), *PATHS,
     "ROUTER_BIND", "ROUTER_THREADS", "ROUTER_ALLOWED_HOSTS", "ROUTER_ALLOWED_ORIGINS",
     "ROUTER_MAX_BODY_MB", "ROUTER_LOG_FORMAT", "ROUTER_GUNICORN_LOGLEVEL", "ROUTER_PIN_CPU",
-    "ROUTER_DEMO", "ROUTER_ALLOW_OPEN", "ROUTER_INSTANCE",
+    "ROUTER_DEMO", "ROUTER_ALLOW_OPEN", "ROUTER_INSTANCE", "ROUTER_CLIENTS_FILE",
 )  # fmt: skip
 LOG_LEVELS = ("warning", "debug", "info", "error", "critical")
 
@@ -48,6 +48,9 @@ class Settings:
     allowed_origins: frozenset[str] = frozenset()
     max_body_mb: int = 16
     validation_log: Path = HERE / "validation_errors.log"
+    history: Path | None = None  # of requests and spending; None: in memory only
+    clients_file: Path | None = None
+    notify_url: str = field(default="", repr=False)
     log_format: str = "logfmt"
     demo: bool = False
     allow_open: bool = False
@@ -71,6 +74,9 @@ class Settings:
             max_body_mb=_whole_number(environ, "ROUTER_MAX_BODY_MB", cls.max_body_mb, 1024),
             validation_log=path_in(environ, "ROUTER_VALIDATION_LOG")
             or routes.parent / cls.validation_log.name,
+            history=_history(environ, routes),
+            clients_file=path_in(environ, "ROUTER_CLIENTS_FILE"),
+            notify_url=_notify_url(environ),
             log_format=one_of(environ, "ROUTER_LOG_FORMAT", "logfmt", "json"),
             demo=one_of(environ, "ROUTER_DEMO", "0", "1") == "1",
             allow_open=one_of(environ, "ROUTER_ALLOW_OPEN", "0", "1") == "1",
@@ -83,6 +89,11 @@ class Settings:
                 f"ROUTER_BIND: {settings.bind} can be reached from other machines; set "
                 "ROUTER_API_KEY and ROUTER_ADMIN_TOKEN first, or ROUTER_ALLOW_OPEN=1 to serve all"
             )
+        if settings.clients_file and not (settings.api_key or settings.admin_token):
+            raise SettingsError(
+                "ROUTER_CLIENTS_FILE: set ROUTER_API_KEY or ROUTER_ADMIN_TOKEN, too, or every "
+                "client could read what the others spent"
+            )
         return settings
 
     def secret(self, name: str) -> str:
@@ -92,7 +103,7 @@ class Settings:
     @property
     def guarded(self) -> bool:
         """True when strangers meet keys everywhere, or are welcome."""
-        return bool(self.api_key and self.admin_token) or self.allow_open
+        return bool((self.api_key or self.clients_file) and self.admin_token) or self.allow_open
 
     @property
     def url(self) -> str:
@@ -115,6 +126,9 @@ class Settings:
         if not os.access(self.validation_log.parent, os.W_OK) or self.validation_log.is_dir():
             found.append(f"ROUTER_VALIDATION_LOG: {self.validation_log} cannot be written; what "
                          "was wrong with refused bodies is not kept")  # fmt: skip
+        file = self.clients_file
+        if file and file.exists() and file.stat().st_mode & 0o077:
+            found.append(f"ROUTER_CLIENTS_FILE: others may read the keys in {file}: chmod 600 it")
         return found
 
 
@@ -172,8 +186,13 @@ def read_secret(environ: Mapping[str, str], name: str) -> str:
             raise SettingsError(f"{name}_FILE: cannot read {path}: {type(e).__name__}") from e
         if not value:  # whoever names a file wants a key: an empty one must not open the door
             raise SettingsError(f"{name}_FILE: {path} is empty")
-    if not value:
-        return ""
+    if value:
+        check_key(value, name)
+    return value
+
+
+def check_key(value: str, name: str) -> None:
+    """SettingsError, without the value, for what cannot be a key."""
     if value.lower().startswith("bearer "):
         raise SettingsError(f"{name}: write the key alone, without the word Bearer")
     if not (value.isascii() and value.isprintable()) or " " in value:
@@ -182,7 +201,6 @@ def read_secret(environ: Mapping[str, str], name: str) -> str:
         raise SettingsError(f"{name}: the quotes would be part of the key; leave them out")
     if value.startswith(f"{name}=") or value.endswith("...") or re.fullmatch("<.*>", value):
         raise SettingsError(f"{name}: holds no key but what stands in its place in an example")
-    return value
 
 
 def ca_bundle(environ: Mapping[str, str]) -> str:
@@ -254,6 +272,19 @@ def _redis_url(environ: Mapping[str, str]) -> str:
             redis.ConnectionPool.from_url(url)
         except ValueError:  # its message would hold the URL, and that a password
             raise SettingsError("ROUTER_REDIS_URL: cannot be read as a URL") from None
+    return url
+
+
+def _history(environ: Mapping[str, str], routes: Path) -> Path | None:
+    """ROUTER_HISTORY; a demo, whose costs are made up, leaves none."""
+    off = value_in(environ, "ROUTER_HISTORY") == "off" or value_in(environ, "ROUTER_DEMO") == "1"
+    return None if off else path_in(environ, "ROUTER_HISTORY") or routes.parent / "usage.db"
+
+
+def _notify_url(environ: Mapping[str, str]) -> str:
+    url = read_secret(environ, "ROUTER_NOTIFY_URL")
+    if url and not re.match(r"https?://[^/?#\s]", url):
+        raise SettingsError("ROUTER_NOTIFY_URL: expected http:// or https://")
     return url
 
 
@@ -332,5 +363,5 @@ def absolute_paths(environ: dict[str, str] | os._Environ[str], folder: Path) -> 
     """Make the relative paths in `environ` absolute: they count from `folder`."""
     for name in [n for n in environ if n in PATHS or n.endswith("_FILE")]:
         value = value_in(environ, name)
-        if value and not value.startswith("~"):
+        if value and not value.startswith("~") and (name, value) != ("ROUTER_HISTORY", "off"):
             environ[name] = os.path.join(folder, value)

@@ -36,6 +36,11 @@ DEFAULTS: dict[str, Any] = {
     "agent_tool_count": 8,
     "continuations": [],
     "daily_limit_usd": None,
+    "monthly_limit_usd": None,
+    "on_limit": "refuse",
+    "clients": {},
+    "compare_with": None,
+    "history_days": 90,
     "ollama": {"base_url": "http://127.0.0.1:11434", "model": "qwen2.5:0.5b", "timeout_sec": 2},
     "circuit_breaker": {"failure_threshold": 3, "recovery_timeout_sec": 300, "first_retry_sec": 5},
     "timeouts_sec": {"connect": 5, "first_token": 12, "idle": 30, "answer": 120, "total": 300},
@@ -78,6 +83,19 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Limit:
+    """So many USD a day or a month (UTC) for all requests, or those of a category or a client."""
+
+    span: str  # day or month
+    kind: str  # all, category or client
+    name: str  # '' for all
+    usd: float
+
+
+Limits = Mapping[tuple[str, str], tuple[Limit, ...]]  # by kind and name
+
+
+@dataclass(frozen=True)
 class Category:
     """One category: its fallback chain and the words that lead to it."""
 
@@ -100,6 +118,12 @@ class Table:
     agent_tool_count: int
     continuations: tuple[str, ...]
     daily_limit_usd: float | None
+    monthly_limit_usd: float | None
+    on_limit: str  # refuse, or the category that goes on when a limit is spent
+    clients: Mapping[str, Mapping[str, float]]
+    limits: Limits
+    compare_with: Model | None
+    history_days: int
     ollama: Mapping[str, Any]
     breaker: Mapping[str, float]
     timeouts: Mapping[str, float]
@@ -167,6 +191,11 @@ class Table:
             "circuit_breaker": dict(self.breaker),
             "timeouts_sec": dict(self.timeouts),
             "daily_limit_usd": self.daily_limit_usd,
+            "monthly_limit_usd": self.monthly_limit_usd,
+            "on_limit": self.on_limit,
+            "limits": [vars(limit) for group in self.limits.values() for limit in group],
+            "compare_with": self.compare_with.id if self.compare_with else None,
+            "history_days": self.history_days,
             "upstreams": {
                 u.name: {"base_url": u.base_url, "api_key_env": u.api_key_env,
                          "usage_in_streams": u.usage_in_streams, "speaks": list(u.speaks)}
@@ -282,9 +311,37 @@ def _build_table(text: str, raw: Mapping[str, Any]) -> Table:
     return Table(
         text, merged["routing_mode"], raw["default_category"], merged["tools_routing"],
         merged["agent_tool_count"], tuple(merged["continuations"]), merged["daily_limit_usd"],
+        merged["monthly_limit_usd"], merged["on_limit"], merged["clients"], _limits(raw),
+        _compared(merged["compare_with"], models, shorts), merged["history_days"],
         merged["ollama"], merged["circuit_breaker"], merged["timeouts_sec"],
         upstreams, models, categories, shorts,
     )  # fmt: skip
+
+
+def _limits(raw: Mapping[str, Any]) -> Limits:
+    """What may be spent: of all, of each category, of each client."""
+    holders = {("all", ""): raw}
+    for kind, members in (("category", raw["categories"]), ("client", raw.get("clients", {}))):
+        holders |= {(kind, name): holder for name, holder in members.items()}
+    limits = {
+        (kind, name): tuple(
+            Limit(span, kind, name, holder[key])
+            for span, key in (("day", "daily_limit_usd"), ("month", "monthly_limit_usd"))
+            if key in holder
+        )
+        for (kind, name), holder in holders.items()
+    }
+    return {key: group for key, group in limits.items() if group}
+
+
+def _compared(name: str | None, models: Mapping[str, Model],
+              shorts: Mapping[str, tuple[str, ...]]) -> Model | None:  # fmt: skip
+    """The model that costs are compared with."""
+    found = (name,) if name in models else shorts.get(name or "", ())
+    if name and len(found) != 1:
+        why = f"could be any of {', '.join(found)}" if found else "is not in $.models"
+        raise RoutesError(f"$.compare_with: {why}{'' if found else hint(name, models)}")
+    return models[str(found[0])] if found else None
 
 
 # What the router appends to a base URL itself, or what stands where its paths begin.
@@ -339,6 +396,9 @@ def _cross_check(table: Table) -> Iterator[str]:
     if table.default_category not in table.categories:
         near = hint(table.default_category, table.categories)
         yield f"$.default_category: is not in $.categories{near}"
+    if table.on_limit not in ("refuse", *table.categories):
+        near = hint(table.on_limit, table.categories)
+        yield f"$.on_limit: is neither `refuse` nor in $.categories{near}"
     lists = {f"$.categories.{name}.keywords": c.keywords for name, c in table.categories.items()}
     for place, entries in {"$.continuations": table.continuations, **lists}.items():
         for n, entry in enumerate(entries):
@@ -360,6 +420,8 @@ def _cross_check(table: Table) -> Iterator[str]:
 def _doubts(table: Table, raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     """Warnings: nothing is broken, but a person may want to know."""
     yield from (((), sentence) for sentence in _doubts_about_urls(raw))
+    if table.compare_with and table.compare_with.cost is None:
+        yield (), f"compare_with: {table.compare_with.id} has no price in `models`: nothing is told"
     owners: dict[str, str] = {}
     for name, category in table.categories.items():
         for word in dict.fromkeys(fold(e.rpartition("^")[0] or e) for e in category.keywords):

@@ -1435,3 +1435,90 @@ def test_killing_one_under_load_fails_nothing_and_its_probe_goes_to_the_other(
     nginx.stop()
 
     assert set(found) == {200}
+
+
+# --- spending ----------------------------------------------------------------------------------
+
+
+LIMITED = {**small_routes("http://127.0.0.1:9/v1"), "daily_limit_usd": 1.0}
+
+
+def spend(member: Member, usd: float) -> None:
+    """A request that cost `usd` ends on this instance."""
+    table = member.store.current()
+    call = member.owner.begin(None)
+    attempt = module.Attempt(table.models["acme/one"], "success", 200)
+    attempt.price({"cost": usd, "prompt_tokens": 1})
+    call.attempts, call.answered_by = [attempt], attempt
+    call.outcome, call.mode, call.category = "success", "keywords", "code"
+    member.owner.history.add(call)
+
+
+def is_spent(member: Member) -> bool:
+    return bool(member.owner.history.spent_limit(member.store.current(), "code", "default"))
+
+
+def test_a_limit_is_held_against_what_all_of_them_spent(member):
+    a, b = member("a", LIMITED), member("b", LIMITED)
+    spend(a, 0.6)
+    spend(b, 0.3)
+    [one.share() for one in (a, b, a)]
+    assert (is_spent(a), is_spent(b)) == (False, False)
+
+    spend(b, 0.2)
+    [one.share() for one in (b, a)]
+
+    assert (is_spent(a), is_spent(b)) == (True, True)
+    assert a.owner.history.figures("day")["elsewhere_usd"] == pytest.approx(0.5)
+
+
+def test_who_starts_again_finds_its_own_part_and_the_others(member):
+    a, b = member("a", LIMITED), member("b", LIMITED)
+    spend(a, 0.6)
+    spend(b, 0.5)
+    a.share()
+    b.share()
+    a.owner.history.close()
+
+    again = member("a")
+    spend(again, 0.0)
+    again.share()
+
+    assert is_spent(again)
+    assert again.owner.history.ledger == a.owner.history.ledger
+    assert again.owner.history.figures("day")["cost_usd"] == pytest.approx(0.6)
+
+
+def test_without_redis_the_limit_holds_against_what_was_heard_last(member, server):
+    a, b = member("a", LIMITED), member("b", LIMITED)
+    spend(a, 0.6)
+    spend(b, 0.3)
+    [one.share() for one in (a, b, a)]
+    server.kill()
+    try:
+        spend(a, 0.2)
+        a.share()
+
+        assert is_spent(a)
+    finally:
+        server.start()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"x": -1}', '{"x": NaN}', '{"x": 1e999}', '{"x": "1"}', "9" * 300_000]
+)
+def test_spending_that_no_instance_wrote_counts_nothing(member, server, text):
+    a = member("a", LIMITED)
+    spend(a, 0.6)
+    server.client.hset(cluster.SPENT + time.strftime("%Y-%m", time.gmtime()), "stranger", text)
+
+    a.share()
+
+    assert not is_spent(a)
+    assert a.health()["status"] == "ok"
+
+
+def test_instances_without_limits_do_not_tell_what_they_spent(member, server):
+    spend(member("a"), 0.6)
+
+    assert server.client.keys(cluster.SPENT + "*") == []

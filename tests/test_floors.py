@@ -10,9 +10,9 @@ from conftest import ROOT
 FLOORS = (  # what stands on a floor knows what stands below, and nothing beside it
     "addresses bootstrap demo errors jsontext logs lru prompts",
     # cluster is asked by livefile and by router.py, and is handed both: neither imports the other
-    "chat cluster errortext flights livefile settings table worker",
-    "exchange metrics",
-    "carrier events judge live",
+    "chat cluster errortext flights livefile notify settings table worker",
+    "clients exchange history metrics",
+    "carrier events judge ledger live views",
     "command dialects",
     "access relay",
 )

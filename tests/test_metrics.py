@@ -197,7 +197,8 @@ def record(metrics: Metrics, rng: random.Random) -> tuple[str, int]:
     )
     for attempt in attempts:
         attempt.price({"prompt_tokens": 1_000_000})
-    call = Record("id", outcome, attempts=attempts, category="code", mode="keywords", seconds=0.5)
+    call = Record("id", outcome=outcome, attempts=attempts, category="code", mode="keywords")
+    call.seconds = 0.5
     call.answered_by = attempts[0] if outcome == "success" else None
     metrics.record(call)
     return call.counted_as, len(attempts)
@@ -287,7 +288,8 @@ def test_latency_has_percentiles_beside_the_average(clock, table):
     metrics = Metrics(clock)
     for n in range(1, 101):
         attempt = Attempt(PRICED, "success", 200)
-        call = Record("id", "success", attempts=[attempt], answered_by=attempt, seconds=n / 1000)
+        call = Record("id", outcome="success", attempts=[attempt], answered_by=attempt)
+        call.seconds = n / 1000
         metrics.record(call)
 
     shown = metrics.as_json(table)["models"]["acme/one"]

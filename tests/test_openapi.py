@@ -17,7 +17,8 @@ from upstream import error, plain
 
 SPEC = json.loads((ROOT / "parts/openapi.json").read_text())
 SCHEMAS = SPEC["components"]["schemas"]
-SOURCES = ("router.py", "parts/access.py", "parts/table.py", "parts/cluster.py")
+SOURCES = ("router.py", "parts/access.py", "parts/table.py", "parts/cluster.py", "parts/views.py",
+           "parts/history.py")  # fmt: skip
 # gunicorn's refusals, our doors, another method, a bug: these can happen on any route.
 EVERYWHERE = {"400", "403", "405", "414", "415", "417", "431", "500"}
 OPERATIONS = [

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import wait_until
 from service import ROOT, Service, free_port, small_routes
 from upstream import Upstream, error, hang, slow, whole
 
@@ -430,6 +431,44 @@ def test_key_is_asked_for_and_kept_for_this_tab(chromium: Any, locked: Service) 
     assert not page.find("#door").is_displayed()
     assert page.driver.execute_script("return localStorage.length") == 0
     chromium.get("about:blank")
+
+
+@pytest.fixture(scope="module")
+def spent(serve: Callable[..., Service]) -> Service:
+    """A service that has been asked, in two categories."""
+    found = serve()
+    for text in ("please refactor this python", "hello", "hello"):
+        found.chat(text)
+    wait_until(lambda: found.get("/metrics").json()["today"]["success"] == 3)
+    return found
+
+
+def test_cost_and_requests_by_day_are_read_by_keys(chromium: Any, spent: Service) -> None:
+    page = Page(chromium, spent.base)
+    page.wait("spent", r"^\$0\.00015 in 30 days, most on ")
+
+    page.find("[data-what=requests]").click()
+    page.find("[data-days='7']").click()
+    page.wait("spent", r"^3 in 7 days")
+    page.find("#spending input").send_keys(keys.Keys.ARROW_RIGHT)
+
+    told = page.wait("spent", r"^\d{4}-\d\d-\d\d: 3 \(code 1, conversation 2\)$")
+    assert page.find("#spending input").get_attribute("aria-valuetext") == told
+    assert len(page.driver.find_elements("css selector", "#spending path")) == 2
+    assert re.findall(r"code|conversation", page.text("spending")) == ["code", "conversation"]
+
+
+def test_the_history_is_filtered_by_model_and_outcome(chromium: Any, spent: Service) -> None:
+    page = Page(chromium, spent.base)
+    page.wait("kept-says", "The last 3 requests")
+    assert "code by keywords" in page.text("kept-rows")
+
+    page.driver.execute_script(
+        """const box = document.getElementById("by-outcome");
+        box.value = "failed"; box.dispatchEvent(new Event("change"));"""
+    )
+
+    page.wait("kept-says", "No such request")
 
 
 def test_every_outcome_has_words() -> None:

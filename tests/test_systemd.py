@@ -151,6 +151,17 @@ def test_keys_from_files_open_the_doors_and_nothing_else_does(started, upstream)
     assert upstream.requests[-1].headers["authorization"] == f"Bearer {KEY}"
 
 
+def test_the_history_is_kept_where_the_service_may_write(started):
+    headers = {"Authorization": "Bearer k1"}
+    requests.post(started.base + CHAT, json=HELLO, headers=headers, timeout=10)
+
+    found = requests.get(started.base + "/health", timeout=10).json()["history"]
+
+    assert f"Environment=ROUTER_ROUTES=%S/{value('StateDirectory')}/routes.json" in SAID
+    assert found == {"status": "ok"}
+    assert oct((started.routes.parent / "usage.db").stat().st_mode & 0o777) == "0o600"
+
+
 def test_the_signal_of_execreload_keeps_the_process_and_a_stop_ends_with_status_0(started):
     assert value("ExecReload") == "/bin/kill -HUP $MAINPID"
     statuses = []

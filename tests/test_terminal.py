@@ -53,7 +53,7 @@ def test_without_a_command_it_prints_its_commands():
     assert all(name in done.stdout for name in ("serve", "route", "check"))
 
 
-@pytest.mark.parametrize("command", ["serve", "route", "check"])
+@pytest.mark.parametrize("command", ["serve", "route", "check", "costs", "requests"])
 def test_each_command_explains_itself(run, command):
     status, out, _ = run(command, "--help")
 
