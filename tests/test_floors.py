@@ -12,9 +12,10 @@ FLOORS = (  # what stands on a floor knows what stands below, and nothing beside
     # cluster is asked by livefile and by router.py, and is handed both: neither imports the other
     "chat cluster errortext flights livefile notify settings table worker",
     "clients exchange history metrics",
-    "carrier events judge ledger live views",
+    "carrier events judge ledger live",
     "command dialects",
     "access relay",
+    "views",
 )
 FLOOR = {name: n for n, names in enumerate(FLOORS) for name in names.split()}
 PARTS = sorted(path.stem for path in ROOT.glob("parts/*.py") if path.stem != "__init__")
