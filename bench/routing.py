@@ -54,6 +54,11 @@ def deciding() -> Any:
     return decide
 
 
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def messages_of(row: dict[str, Any], envelope: str = "{}") -> list[dict[str, Any]]:
     """The messages of a row; its text in an envelope."""
     return row.get("messages") or [{"role": "user", "content": envelope.format(row["text"])}]
@@ -112,7 +117,7 @@ def main() -> int:
     parser.add_argument("--wrap", action="store_true", help="put each text into clients' envelopes")
     parser.add_argument("--errors", action="store_true", help="print what went wrong")
     args = parser.parse_args()
-    rows = [json.loads(line) for line in Path(args.file).read_text(encoding="utf-8").splitlines()]
+    rows = rows_of(Path(args.file))
     decide, took = deciding(), []
     pairs: dict[str, list[tuple[str, str]]] = {}
     margins = []

@@ -304,7 +304,8 @@ class Continuations:
     """The words that carry on with what was said before ("ok", "et en", "make it")."""
 
     def __init__(self, entries: Iterable[str]):
-        self._grams = {parse_entry(entry)[0] for entry in entries}
+        weights = {words: weight for words, _, weight in map(parse_entry, entries)}
+        self._grams = {words for words, weight in weights.items() if weight}  # `ok^0` mutes
         self._longest = max(map(len, self._grams), default=0)
 
     def covers(self, text: str) -> bool:

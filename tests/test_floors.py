@@ -8,10 +8,10 @@ import pytest
 from conftest import ROOT
 
 FLOORS = (  # what stands on a floor knows what stands below, and nothing beside it
-    "addresses bootstrap demo errors jsontext logs prompts",
+    "addresses bootstrap demo errors jsontext logs prompts vocabulary",
     # cluster is asked by livefile and by router.py, and is handed both: neither imports the other
     "chat cluster errortext flights livefile settings table worker",
-    "access exchange metrics",
+    "access classifier exchange metrics",
     "carrier events judge live",
     "command relay",
 )
