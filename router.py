@@ -99,6 +99,7 @@ from parts.prompts import (
     Hit,
     cap,
     is_order,
+    machine_call,
     parse_entry,
     points_back,
     signals_of,
@@ -682,6 +683,10 @@ class Chooser:
         text = next(texts, "")
         if not text:
             return _decide(table, table.default_category, "default", "no text of the user")
+        before = next(texts, "")
+        if of_machine := machine_call(text, before):
+            reason = f"an agent's own call: {of_machine}"
+            return _decide(table, table.machine_category, "default", reason)
         follows = continuations.covers(text)
         choice = keywords.match(text)
         sure = table.mode == "keywords" or (table.mode == "hybrid" and choice.margin >= SURE_MARGIN)
@@ -689,10 +694,10 @@ class Chooser:
         if named:
             return _decide(table, named, "ollama", f"{asked_model(table)} said {named}")
         if follows or points_back(text, choice.score):
-            for earlier in texts:
-                before = keywords.match(earlier)
-                if before.category and not continuations.covers(earlier):
-                    return _by_words(table, before, "continuation")
+            for earlier in [before, *texts]:
+                found = keywords.match(earlier)
+                if found.category and not continuations.covers(earlier):
+                    return _by_words(table, found, "continuation")
         if choice.category is None:
             return _decide(table, table.default_category, "default", "no keyword matched")
         return _by_words(table, choice, "keywords")

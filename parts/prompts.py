@@ -11,38 +11,88 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 # --- the text -----------------------------------------------------------------------------------
 
 # OpenClaw puts the new message of a group chat after its history; the last such line counts.
 CURRENT = re.compile(r"\[(?:Current message|CURRENT MESSAGE)\b[^\[\]\n]{0,60}\]")
-# Every block may be unclosed: `|\Z` also keeps the search linear, for nothing is scanned twice.
+# Sentences of OpenClaw that stand behind its stamp in one line.
+STAMPED = (
+    "turn was interrupted by a gateway restart",
+    "produce a user-visible answer",
+    "previous model attempt failed or timed out",
+    "A scheduled reminder has been triggered",
+    "The previous assistant turn only described the plan",
+    "Another language model started to solve this problem",
+    "Summarize the task tool output above",
+)
+HEADED = r"^(?:\[\w{3} \d{4}-\d\d-\d\d [^\]\n]{0,30}\] ?)?"
+# What clients put around a person's words: (client, mark, pattern). The mark is searched for first.
+# Every block may be unclosed: `|\Z` also keeps the search linear, for nothing is scanned twice. A
+# message that holds nothing else ("continue where you left off") is passed by: the person's words
+# stand in one before it.
 WRAPPINGS = tuple(
-    (mark, re.compile(pattern, re.S | re.M))
-    for mark, pattern in (
+    (mark, re.compile(pattern.replace("^", HEADED, 1) if mark in STAMPED else pattern, re.S | re.M))
+    for client, mark, pattern in (
         (
+            "OpenClaw",
             "<<<BEGIN_OPENCLAW",
             r"<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>.*?"
             r"(?:<<<END_OPENCLAW_INTERNAL_CONTEXT>>>|\Z)",
         ),
-        ("<system-reminder>", r"<system-reminder>.*?(?:</system-reminder>|\Z)"),
         (
+            "OpenClaw",
             "<active_memory_plugin>",
             r"(?:^Context:\s*?\n)?<active_memory_plugin>.*?"
             r"(?:</active_memory_plugin>|\Z)",
         ),
-        ("Untrusted context (", r"^Untrusted context \(metadata.*\Z"),
-        ("(untrusted", r"^[^\n(]{0,80}\(untrusted[^\n]{0,60}\):\s*```json.*?(?:\n[ \t]*```|\Z)"),
+        ("OpenClaw", "Untrusted context (", r"^Untrusted context \(metadata.*\Z"),
         (
+            "OpenClaw",
+            "(untrusted",
+            r"^[^\n(]{0,80}\(untrusted[^\n]{0,60}\):\s*```json.*?(?:\n[ \t]*```|\Z)",
+        ),
+        (
+            "OpenClaw",
             "⟦openclaw:ctx⟧",
             r"^[^\n⟦]{0,120}⟦openclaw:ctx⟧\s*?\n"
             r"(?:\s*```json.*?(?:\n[ \t]*```|\Z)|.*?(?:\n\s*?\n|\Z))",
         ),
-        ("[Replying to", r"^\[Replying to .*?(?:\[/Replying\]|\Z)"),
-        ("Queued #", r"^---\nQueued #\d+[^\n]*"),
+        ("OpenClaw", "[Replying to", r"^\[Replying to .*?(?:\[/Replying\]|\Z)"),
+        ("OpenClaw", "Queued #", r"^---\nQueued #\d+[^\n]*"),
+        (
+            "OpenClaw",
+            "turn was interrupted by a gateway restart",
+            r"^\[System\][^\n]{0,40}turn was interrupted.*?"
+            r"(?:last message from the user before the interruption was:|\Z)",
+        ),
+        (
+            "OpenClaw",
+            "produce a user-visible answer",
+            r"^The previous (?:attempt|assistant turn) [^\n]{0,80}did not produce a user-visible"
+            r" answer\.[^\n]*",
+        ),
+        (
+            "OpenClaw",
+            "previous model attempt failed or timed out",
+            r"^(?:\[Retry after the|Continue where you left off\. The|The) previous model attempt "
+            r"failed or timed out[.\]][^\n]*",
+        ),
+        (
+            "OpenClaw",
+            "A scheduled reminder has been triggered",
+            r"^A scheduled reminder has been triggered\.[^\n]*?(?:content is:|$)|"
+            r"^(?:Please relay this reminder|Handle this reminder)[^\n]*",
+        ),
+        (
+            "OpenClaw",
+            "[Inter-session message]",
+            r"^\[Inter-session message\][^\n]*(?:\n(?:Treat it as|This content was)[^\n]*)*",
+        ),
         *(
-            (line, rf"^{re.escape(line)}[^\n]*")
+            ("OpenClaw", line, rf"^{re.escape(line)}[^\n]*")
             for line in (
                 "Runtime: agent=",
                 "System: [20",
@@ -53,8 +103,134 @@ WRAPPINGS = tuple(
                 "[Queued messages",
                 "<media:",
                 "Current time: ",
+                "Return your summary as plain text",
+                "Return your response as plain text",
+                "The previous assistant turn only described the plan",
+                "Please continue where you left off",
             )
         ),
+        *(
+            ("Claude Code", f"<{tag}>", rf"<{tag}>.*?(?:</{tag}>|\Z)")
+            for tag in (
+                "system-reminder",
+                "local-command-caveat",
+                "local-command-stdout",
+                "local-command-stderr",
+                "command-name",
+                "command-message",
+                "bash-input",
+                "bash-stdout",
+                "bash-stderr",
+            )
+        ),
+        ("Claude Code", "<command-args>", r"</?command-args>"),
+        (
+            "Claude Code",
+            "had no visible output",
+            r"\[Your previous response had no visible output\.[^\]]*\]?",
+        ),
+        ("Claude Code", "[Request interrupted", r"\[Request interrupted by user[^\]\n]*\]"),
+        (
+            "Claude Code",
+            "This session is being continued",
+            r"^This session is being continued from a previous conversation[^\n]*",
+        ),
+        (
+            "Codex",
+            "# AGENTS.md instructions for",
+            r"^# AGENTS\.md instructions for .*?(?:</INSTRUCTIONS>|\Z)",
+        ),
+        *(
+            ("Codex", f"<{tag}>", rf"<{tag}>.*?(?:</{tag}>|\Z)")
+            for tag in ("environment_context", "user_instructions", "turn_aborted")
+        ),
+        (
+            "Codex",
+            "Another language model started to solve this problem",
+            r"^Another language model started to solve this problem.*\Z",
+        ),
+        (
+            "opencode",
+            "Summarize the task tool output above",
+            r"^Summarize the task tool output above and continue with your task\.?",
+        ),
+        (
+            "Open WebUI",
+            "Respond to the user query using the provided context",
+            r"^### Task:\s*\nRespond to the user query using the provided context.*?</context>",
+        ),
+        ("Open WebUI", "<user_query>", r"</?user_query>"),
+        (
+            "LangChain",
+            "output should be formatted as a JSON instance",
+            r"The output should be formatted as a JSON instance.*?"
+            r"(?:Here is the output schema:\s*```.*?(?:```|\Z)|\Z)",
+        ),
+        (
+            "LangChain",
+            "output should be a markdown code snippet",
+            r"The output should be a markdown code snippet formatted in the following schema"
+            r".*?(?:^```json.*?(?:```|\Z)|\Z)",
+        ),
+        (
+            "LangChain",
+            "response should be a list of comma separated values",
+            r"Your response should be a list of comma separated values[^\n]*",
+        ),
+    )
+)
+# OpenClaw asks again after a failure: what nobody answered, under one of these marks, then perhaps
+# the new words.
+AGAIN = re.compile(
+    r"\[(?:Queued user message from a previous active turn|Earlier unanswered user message)"
+    r"[^\]\n]*\]\s*"
+)
+# What an agent asks of itself: (what, mark, pattern that the cleaned text begins with).
+MACHINE = tuple(
+    (what, mark, re.compile(pattern, re.S | re.M))
+    for what, mark, pattern in (
+        ("heartbeat", "HEARTBEAT", r"Read HEARTBEAT\.md\b|.{0,2000}\breply HEARTBEAT_OK\b"),
+        ("memory", "Pre-compaction memory flush", r"Pre-compaction memory flush"),
+        (
+            "compaction",
+            "onversation",  # OpenClaw, opencode, Claude Code, Cline
+            r"(?:(?><(conversation|previous-summary)>.*?</\1>)\s*)*+"
+            r"The (?:messages|conversation) above (?:are|is) (?:a|NEW) conversation|"
+            r"Provide a detailed (?:prompt for continuing|summary of) our conversation|"
+            r"Your task is to create a detailed summary of the conversation so far",
+        ),
+        ("compaction", "This is the PREFIX of a turn", r"(?:<.*>\s*)?This is the PREFIX of a turn"),
+        (
+            "compaction",
+            "Respond with TEXT ONLY",  # Claude Code, behind the person's last words
+            r".*?^CRITICAL: Respond with TEXT ONLY\. Do NOT call any tools",
+        ),
+        (
+            "compaction",
+            "CONTEXT CHECKPOINT COMPACTION",  # Codex
+            r"You are performing a CONTEXT CHECKPOINT COMPACTION",
+        ),
+        ("title", "</session>", r"<session>.*</session>\s*Write the title"),  # Claude Code
+        ("title", "title", r"Please write a \d+-\d+ word title for the following conversation"),
+        ("title", "task title", r"Generate a concise, single-line task title"),  # Codex
+        ("title", "Generate a title", r"Generate a title for this conversation:"),  # opencode
+        (
+            "title",
+            "slug",  # OpenClaw
+            r"Based on this conversation, generate a short \d+-\d+ word (?:filename )?slug",
+        ),
+        ("suggestion", "[SUGGESTION MODE:", r"\[SUGGESTION MODE:"),  # Claude Code
+        (
+            "chat's own task",
+            "### Task:",  # Open WebUI: title, tags, follow-ups, search queries, completion
+            r"### Task:\s*\n.*?(?:<chat_history>|### Chat History|<text>|chat history)",
+        ),
+        (
+            "new session",
+            "A new session was started",
+            r"A new session was started via /new or /reset",
+        ),
+        ("agents' talk", "Agent-to-agent", r"Agent-to-agent (?:announce|reply) step"),
     )
 )
 # `[Sun 2026-11-22 20:58 UTC] `, `[Telegram Bob id:1 +5m] Bob: `, `[WhatsApp +1555] `: a date with
@@ -70,13 +246,38 @@ STAMP = re.compile(
 
 def clean(text: str) -> str:
     """What the user said in `text`, without what a client put around it; may be empty."""
+    again = "previous active turn" in text or "Earlier unanswered user" in text
     for mark, pattern in WRAPPINGS:
         if mark in text:
             text = pattern.sub("", text)
+    if again:
+        text = newest_of(AGAIN.sub("", text))
     if "[" in text:
         *_, text = CURRENT.split(text)
         text = strip_stamps(text)
     return text.strip()
+
+
+def newest_of(text: str) -> str:
+    """The new words behind those that nobody answered; the same words twice are said once."""
+    heads = islice(re.finditer(r"^\[", text, re.M), 100)
+    stamped = [head.start() for head in heads if STAMP.match(text, head.start())]
+    if stamped and text[: stamped[-1]].strip():
+        return text[stamped[-1] :]
+    text = text.strip()
+    before, behind = text[: len(text) // 2].strip(), text[len(text) // 2 :].strip()
+    return behind if before == behind else text
+
+
+def machine_call(text: str, before: str = "") -> str:
+    """What an agent asks of itself in the cleaned `text` (title, heartbeat); '' for a person's.
+
+    `before` is the text before it: opencode asks for a title, then repeats what was said.
+    """
+    for what, mark, pattern in MACHINE:
+        if mark in text and pattern.match(text):
+            return what
+    return "title" if before == "Generate a title for this conversation:" else ""
 
 
 def strip_stamps(text: str) -> str:
