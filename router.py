@@ -98,13 +98,12 @@ from parts.prompts import (
     Continuations,
     Hit,
     cap,
-    is_order,
     machine_call,
     parse_entry,
     points_back,
-    signals_of,
-    tokens_of,
+    read,
     user_texts,
+    without_lone_name,
 )  # fmt: skip
 from parts.relay import Relay
 from parts.settings import VERSION, Settings, SettingsError
@@ -437,10 +436,12 @@ class Keywords:
         self._stems: dict[str, set[int]] = {}  # up to 3 letters -> how long the prefixes are
         self._sizes: dict[str, set[int]] = {}  # two words (or one) -> how many a phrase has
         self._lengths: dict[tuple[str, int], set[int]] = {}  # these, with a prefix at the end
+        self._own: set[tuple[str, str]] = set()  # (category, entry) of a person's
         # Each step of a tool loop asks about the same text, each follow-up about the one before.
         self._remembered = lru_cache(maxsize=256)(self._match)
         for name in sorted(lists, key=BUILT_IN.__contains__):  # user-made ones first: they win ties
             own = {parse_entry(entry)[:2] for entry in lists[name]}
+            self._own |= {(name, entry.partition("^")[0]) for entry in lists[name]}
             for entry in lists[name]:
                 self._add(name, entry, OWN if name in BUILT_IN else 1.0)
             for entry in built_in.get(name, ()):
@@ -514,13 +515,14 @@ class Keywords:
         return self._remembered(text if len(text) <= HEAD else cap(text))
 
     def _match(self, text: str) -> Choice:
-        words = tokens_of(text)
+        reading = read(text)
         hits = [
-            (name, entry, weight if at < 60 or len(words) - at < 40 else weight / 2)
-            for (name, entry), (weight, at) in self.find(words).items()
-        ]  # middle: material
-        hits += [("tools", "(an order)", 1.0)] * is_order(words)
-        hits = [hit for hit in hits + signals_of(text) if hit[0] in self.multipliers]
+            (name, entry, weight * reading.share(name, at))
+            for (name, entry), (weight, at) in self.find(reading.words).items()
+            if not reading.is_foreign(entry, at) or (name, entry) in self._own
+        ]
+        hits = [hit for hit in hits + reading.signals if hit[2] and hit[0] in self.multipliers]
+        hits = without_lone_name(hits)
         scores = dict.fromkeys(self.multipliers, 0.0)
         for name, _, weight in hits:
             scores[name] += weight * self.multipliers[name]

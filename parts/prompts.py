@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 # --- the text -----------------------------------------------------------------------------------
 
@@ -488,6 +488,176 @@ ORDER = re.compile(
 def is_order(words: Sequence[str]) -> bool:
     """Whether a text opens like an order about the world: "can you book", "je voudrais ajouter"."""
     return bool(ORDER.match(" ".join(words[:6])))
+
+
+# "How do I cancel a subscription politely?" wants words, however much it sounds like an order.
+HOW_TO = re.compile(
+    r"(?:(?:please|hi|hello|so|can you|could you|tell me|explain|show me|peux tu|dis moi|me dire)"
+    r" )*"
+    r"(?:how (?:do|can|could|should|would|might) (?:i|you|we|one|people) |how to |what should i |"
+    r"what (?:can|could) i |que (?:faire|cuisiner|dire|puis je) |"
+    r"comment (?:(?:on|puis je|peut on|faire pour|dois je|se|bien|ne pas|s|l|les?|la|un|une) )*"
+    r"\w+(?:er|ir|re)\b|wie (?:kann|bekomme|mache|soll|schreibe) (?:ich|man) )"
+)
+# A person's own things stay a matter of tools: "how do I get home", "what should I wear today".
+NOW = frozenset(
+    "today tonight tomorrow now currently weather traffic route home aujourd ce demain meteo "
+    "maintenant moment trafic heute morgen jetzt wetter".split()
+)
+
+
+def is_how_to(words: Sequence[str]) -> bool:
+    """Whether a text asks how something is done, rather than to have it done."""
+    return bool(HOW_TO.match(" ".join(words[:14]) + " ")) and NOW.isdisjoint(words)
+
+
+# A text to be written, whatever it is about; but no program, and no message to be sent.
+WRITING = re.compile(
+    r"(?:\w+ ){0,3}?(?:write|draft|compose|create|come up with|make up|invent|pen|"
+    r"ecris|ecrivez|ecrire|redige|redigez|rediger|compose|composez|invente|inventez|imagine|"
+    r"schreibe?|verfasse|dichte|escribe|redacta|inventa|scrivi|componi) "
+    r"(?:(?!functions?\b|scripts?\b|programs?\b|code\b|class\b|classes?\b|quer(?:y|ies)\b|tests?\b|"
+    r"regex\b|macros?\b|apps?\b|api\b|bot\b|page\b|fonctions?\b|programmes?\b|requetes?\b|sql\b|"
+    r"python\b|javascript\b|json\b|css\b|html\b|component\b|that\b|which\b|qui\b|que\b|di\b|"
+    r"to\b|die\b|der\b|files?\b|folder\b|event\b|ticket\b|issue\b|fichiers?\b|dossier\b)"
+    r"\w+ ){0,6}?"
+    r"(?:poems?|stor(?:y|ies)|letters?|e ?mails?|speech|speeches|posts?|essays?|songs?|raps?|"
+    r"haikus?|limericks?|invitations?|toasts?|adverts?|ads?|announcements?|press release|"
+    r"descriptions?|taglines?|slogans?|dialogues?|scenes?|cards?|articles?|reviews?|bios?|biography|captions?|"
+    r"newsletters?|notes?|legends?|fables?|menus?|jokes?|lyrics|headlines?|introductions?|"
+    r"paragraphs?|sonnets?|plot|monologues?|greetings?|"
+    r"poemes?|histoires?|lettres?|courriels?|mots?|discours|contes?|chansons?|comptines?|annonces?|"
+    r"communiques?|biographies?|legendes?|critiques?|dialogues?|cartes?|textes?|paragraphes?|"
+    r"nouvelle|blagues?|resumes? de|titres?|"
+    r"gedicht\w*|geschichte|brief|einladung|rede|lied|marchen|poema|cuento|carta|cancion|"
+    r"poesia|lettera|biglietto|storia|canzone) "
+    r"(?!(?:queue|parser|validator|validation|handler|template|api|server|bot|endpoint|class|"
+    r"function|module|schema|component|generator|client|request|route|app|to you|list) )"
+)
+# A premise with numbers and a question about it: a clock or a thermostat in it is nobody's.
+ASKED = re.compile(
+    r"\b(?:how (?:many|much|long|far|old|fast|tall|often)|what (?:time|day|is the (?:chance|"
+    r"probability|price|cost|total))|when (?:do|does|will|did|am) (?:they|it|he|she|i|the)|"
+    r"which day|who is|combien|quel(?:le)? (?:jour|heure|age|est le|est la|etait)|quels ages|quand|"
+    r"a quelle|wie (?:viele?|lange|alt|weit|spat)|welcher tag|wann|cuant[oa]s?|que dia|quant[oaie]|"
+    r"che giorno)\b"
+)
+COUNT = re.compile(
+    r"\b(?:\d+|two|three|four|five|six|seven|eight|nine|ten|twelve|hundred|half|twice|double|noon|"
+    r"every|each|deux|trois|quatre|cinq|sept|huit|neuf|dix|douze|cent|demie?|midi|chaque|"
+    r"toutes les|zwei|drei|vier|funf|sechs|zehn|hundert|dos|tres|cuatro|"
+    r"cinco|seis|diez|cien|due|tre|quattro|"
+    r"cinque|sei|dieci|cento)\b"
+)
+ORDERED = re.compile(
+    r"\b(?:remind|set (?:a|an|the|my)|book|please|rappelle|mets|regle|reserve|erinnere)\b"
+)
+SENTENCE = re.compile(r"[.!?;]\s+(?=\S)|,\s+(?=(?:how|what|when|combien|quel|quand)\b)", re.I)
+
+
+def shapes_of(text: str, words: Sequence[str]) -> list[Hit]:
+    """The kinds of tasks that show in how a text opens and ends, whatever words it holds."""
+    if WRITING.match(" ".join(words[:16]) + " "):
+        return [("conversation", "(a text to write)", 3.5)]
+    if "?" not in text[-200:] or len(words) < 9 or len(words) > 150:
+        return []
+    *_, last = SENTENCE.split(text.rstrip()[-400:])
+    asked = " ".join(tokens_of(last))
+    whole = " ".join(words)
+    if ASKED.search(asked) and not ORDERED.search(whole) and len(last) < len(text) - 12:
+        premise = COUNT.findall(whole)
+        return [("reasoning", "(word problem)", 3.0)] if len(premise) > 1 else []
+    return []
+
+
+TASK_WORDS = 24  # a request before or behind pasted material is shorter
+
+
+def asked_in(text: str, words: Sequence[str]) -> tuple[int, int]:
+    """How many words at the head and at the tail say what is wanted; between them is material.
+
+    "Translate this: ...", a question above or below a pasted mail; all words if none is pasted.
+    """
+    everything = len(words), 0
+    if len(words) < 8:
+        return everything
+    blocks = [block for block in re.split(r"\n\s*\n", text.strip()) if block.strip()]
+    if len(blocks) > 1:
+        first, last = len(tokens_of(blocks[0])), len(tokens_of(blocks[-1]))
+        head = first if first <= TASK_WORDS else 0
+        asks = last <= TASK_WORDS and (not head or "?" in blocks[-1])
+        tail = last if asks else 0
+        if (head or tail) and head + tail < len(words) - 6:
+            return head, tail
+    head_text, colon, _ = blocks[0].partition(":") if blocks else ("", "", "")
+    head = len(tokens_of(head_text)) if colon and "//" not in blocks[0][: len(head_text) + 4] else 0
+    if 2 <= head <= TASK_WORDS and len(words) - head >= 4:
+        return head, 0
+    return everything
+
+
+LETTERS = re.compile(r"[^\W\d_]+")
+
+
+def accented(text: str) -> frozenset[str]:
+    """The words of `text`, folded, that had accents: `raté` is not the English `rate`."""
+    if text.isascii():
+        return frozenset()
+    words = [word for word in LETTERS.findall(text.lower()) if not word.isascii()]
+    return frozenset(ACCENTS.sub("", unicodedata.normalize("NFD", " ".join(words))).split())
+
+
+MATERIAL = 0.15  # what a word counts that stands in what was pasted
+CALM = {"(a text to write)": 0.4, "(word problem)": 0.3}  # what is left beside it of tools' words
+A_NAME = "(a name)"
+
+
+class Reading(NamedTuple):
+    """A text's words and structural signals, and how much a keyword counts at each place."""
+
+    words: tuple[str, ...]
+    signals: list[Hit]
+    asked: tuple[int, int]  # words at the head and at the tail that say what is wanted
+    calm: float  # for words of tools
+    accented: frozenset[str]
+
+    def share(self, category: str, at: int) -> float:
+        """What part of its weight a keyword of `category` has that begins at the word `at`."""
+        behind = len(self.words) - at
+        if at >= self.asked[0] and behind > self.asked[1]:
+            pasted = category == "tools" and len(self.words) - sum(self.asked) > 25
+            share = 0.0 if pasted else MATERIAL  # a mail's words ask nobody here for anything
+        else:
+            share = 1.0 if at < 60 or behind < 40 else 0.5  # the middle of a long text is material
+        return share * self.calm if category == "tools" else share
+
+    def is_foreign(self, entry: str, at: int) -> bool:
+        """Whether a plain `entry` met a word with an accent, which is another word."""
+        return self.words[at] in self.accented and entry.isascii() and entry.isalpha()
+
+
+def read(text: str) -> Reading:
+    """What there is to know of a capped `text` before its words are looked up."""
+    words, how_to = tokens_of(text), False
+    shapes = shapes_of(text, words)
+    calm = min((CALM[name] for _, name, _ in shapes), default=1.0)
+    if not shapes and (how_to := is_how_to(words)):
+        calm = 0.3
+    asked = asked_in(text, words)
+    weaker = calm * (MATERIAL if sum(asked) < len(words) else 1.0)
+    signals = shapes + [
+        (name, signal, weight * weaker if name == "tools" else weight)
+        for name, signal, weight in signals_of(text)
+    ]
+    if not shapes and not how_to and is_order(words):
+        signals.append(("tools", "(an order)", 1.0))
+    return Reading(words, signals, asked, calm, accented(text))
+
+
+def without_lone_name(hits: list[Hit]) -> list[Hit]:
+    """`hits` without the signal of a name when it is the only one of tools: it decides nothing."""
+    others = any(name == "tools" and entry != A_NAME for name, entry, _ in hits)
+    return hits if others else [hit for hit in hits if hit[1] != A_NAME]
 
 
 # --- follow-ups ---------------------------------------------------------------------------------
