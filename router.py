@@ -108,7 +108,7 @@ from parts.prompts import (
 from parts.relay import Relay
 from parts.settings import VERSION, Settings, SettingsError
 from parts.table import BUILT_IN, Model, Table, Upstream, load_table
-from parts.vocabulary import CONTINUATIONS, OWN, lists_of
+from parts.vocabulary import CONTINUATIONS, OWN, Learnt, Opinion, learnt, lists_of, mixed
 
 if TYPE_CHECKING:
     from parts.cluster import CircuitState, Cluster
@@ -415,8 +415,7 @@ MULTIPLIERS = {"tools": 1.0, "code": 1.1, "reasoning": 0.9, "conversation": 1.0}
 USER_MADE = 4.0  # whoever adds a category wants it: one plain keyword outdoes a weak built-in hit
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """A category (None: nothing scored), how sure (0..1), and the entries that decided."""
 
     category: str | None
@@ -439,14 +438,20 @@ class Keywords:
         self._own: set[tuple[str, str]] = set()  # (category, entry) of a person's
         # Each step of a tool loop asks about the same text, each follow-up about the one before.
         self._remembered = lru_cache(maxsize=256)(self._match)
+        self._single = lru_cache(maxsize=4096)(self._of_word)  # the same words come again and again
+        self._builtin = {name for name in lists if name in BUILT_IN and built_in.get(name)}
+        muted: list[tuple[str, str]] = []
         for name in sorted(lists, key=BUILT_IN.__contains__):  # user-made ones first: they win ties
             own = {parse_entry(entry)[:2] for entry in lists[name]}
             self._own |= {(name, entry.partition("^")[0]) for entry in lists[name]}
             for entry in lists[name]:
                 self._add(name, entry, OWN if name in BUILT_IN else 1.0)
+            muted += [(name, " ".join(parse_entry(e)[0])) for e in lists[name] if e.endswith("^0")]
             for entry in built_in.get(name, ()):
                 if not own or parse_entry(entry)[:2] not in own:  # a person's weight counts
                     self._add(name, entry)
+
+        self._learnt = learnt().without(muted) if self._builtin else None
 
     def _add(self, name: str, entry: str, times: float = 1.0) -> None:
         words, is_prefix, weight = parse_entry(entry)
@@ -481,26 +486,27 @@ class Keywords:
                 found.setdefault((name, entry), (weight, at))
         return found
 
-    def _hits(self, words: Sequence[str]) -> Iterator[tuple[int, list[Hit]]]:
-        """Each place where entries begin, with these; hardly any does, so that is what is quick."""
-        exact, stems, sizes = self._exact, self._stems, self._sizes
-        openers = {word for word in set(words)
-                   if word in exact or word in sizes or word[:3] in stems or word[:2] in stems
-                   or word[:1] in stems}  # fmt: skip
+    def _hits(self, words: Sequence[str]) -> Iterator[tuple[int, Sequence[Hit]]]:
+        """Each place where entries begin, with these."""
+        single, sizes = self._single, self._sizes
         pairs = [*map(" ".join, pairwise(words)), ""]
         for at, (word, pair) in enumerate(zip(words, pairs, strict=False)):
-            if word not in openers and pair not in sizes:
-                continue
-            hits = self._single(word)
-            for head, size in [(h, n) for h in (word, pair) for n in sizes.get(h, ())]:
-                hits += self._phrase(" ".join(words[at : at + size]), head, size)
+            hits = single(word)
+            for head in (word, pair):
+                for size in sizes.get(head, ()):
+                    hits = [*hits, *self._phrase(" ".join(words[at : at + size]), head, size)]
             if hits:
                 yield at, hits
 
-    def _single(self, word: str) -> list[Hit]:
-        hits = list(self._exact.get(word, ()))
-        for stem in (word[:3], word[:2], word[:1]):
-            for length in self._stems.get(stem, ()):
+    def _of_word(self, word: str) -> Sequence[Hit]:
+        """The entries that `word` alone matches; hardly any word does, so that is what is quick."""
+        exact, stems = self._exact, self._stems
+        found = [stem for stem in (word[:3], word[:2], word[:1]) if stem in stems]
+        if not found and word not in exact:
+            return ()
+        hits = list(exact.get(word, ()))
+        for stem in dict.fromkeys(found):
+            for length in stems[stem]:
                 hits += self._prefix.get(word[:length], ())
         return hits
 
@@ -526,7 +532,22 @@ class Keywords:
         scores = dict.fromkeys(self.multipliers, 0.0)
         for name, _, weight in hits:
             scores[name] += weight * self.multipliers[name]
-        return decide(scores, hits)
+        choice = decide(scores, hits)
+        if self._learnt is None or choice.category not in (None, *BUILT_IN):
+            return choice  # no second opinion overrules a category that a person made
+        opinion = self._learnt.opinion(reading.wanted)
+        return self._reconsider(choice, scores, self._learnt, opinion) if opinion else choice
+
+    def _reconsider(self, choice: Choice, scores: dict[str, float], table: Learnt,
+                    opinion: Opinion) -> Choice:  # fmt: skip
+        """`choice` with the learnt table's opinion."""
+        both = mixed(scores, {n: p for n, p in opinion.shares.items() if n in self._builtin})
+        if not both:
+            return choice
+        first, second, *_ = [*sorted(both, key=lambda name: -both[name]), ""]
+        hits = [(first, word, weight) for word, weight in table.heaviest(opinion, first)]
+        matched = (*choice.matched, *hits) if choice.matched else tuple(hits)
+        return Choice(first, both[first] - both.get(second, 0.0), choice.score, matched)
 
 
 def decide(scores: dict[str, float], hits: list[Hit]) -> Choice:

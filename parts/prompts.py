@@ -621,6 +621,14 @@ class Reading(NamedTuple):
     calm: float  # for words of tools
     accented: frozenset[str]
 
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The words that say what is wanted, without pasted material."""
+        head, tail = self.asked
+        return (
+            self.words[:head] + self.words[len(self.words) - tail :] if tail else self.words[:head]
+        )
+
     def share(self, category: str, at: int) -> float:
         """What part of its weight a keyword of `category` has that begins at the word `at`."""
         behind = len(self.words) - at

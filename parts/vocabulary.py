@@ -1,17 +1,20 @@
-"""The built-in vocabulary: lists of words for the four built-in categories, and continuations.
+"""The built-in vocabulary: lists of words for the four built-in categories, continuations, and a
+learnt table that gives a second opinion.
 
-`vocabulary.json` beside this file holds them, read once. The keywords in routes.json are a person's
-own and add to it; `lists_of` says what of both counts. Until version 0.4.0 routes.json held the
-lists themselves: such a file keeps its behaviour (`is_old_form`) until `slim` shortens it.
+`vocabulary.json` and `words.json` beside this file hold them, read once. The keywords in
+routes.json are a person's own and add to it; `lists_of` says what of both counts. Until version
+0.4.0 routes.json held the lists themselves: such a file keeps its behaviour (`is_old_form`) until
+`slim` shortens it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 CONTINUATIONS = "(continuations)"  # stands beside categories: none can be called so
@@ -76,3 +79,119 @@ def slim(name: str, entries: Sequence[str]) -> list[str]:
         mine.append(f"{word}^{round(float(weight) / OWN, 2):g}" if known else entry)
     gone = sorted({words_of(entry) for entry in old} - kept)
     return mine + [f"{word}^0" for word in gone if word in now]
+
+
+# --- the learnt table ----------------------------------------------------------------------------
+
+SECOND = 0.5  # what the table's opinion weighs beside the lists' share: by cross-validation
+DAMP = 2.0  # one light hit is not the whole truth: the lists' share grows with what they found
+ALONE = 0.5  # where no list has a word for it, the table must be this sure, or it is silent
+FEW = 2  # of fewer known words and pairs it has no opinion
+
+
+def pieces_of(word: str) -> list[str]:
+    """The word itself, `#` for a number, and its pieces of four letters (`~_wri`)."""
+    if word.isdigit():
+        return ["#"]
+    whole = f"_{word}_"
+    at = range(len(whole) - 3) if len(word) > 4 else ()
+    return [word, *("~" + whole[n : n + 4] for n in at)]
+
+
+def pairs_of(words: Sequence[str]) -> list[str]:
+    """The pairs of neighbours; `^ write` is the first word, `please $` the last."""
+    plain = ["#" if word.isdigit() else word for word in words]
+    return [*map("{} {}".format, ["^", *plain], [*plain, "$"])]
+
+
+class Opinion(NamedTuple):
+    """What the table makes of a text: {category: probability}, and the features it knew."""
+
+    shares: dict[str, float]
+    known: list[tuple[str, tuple[int, ...]]]  # words and pairs, with a weight for each category
+    scale: float
+
+
+class Learnt:
+    """A linear table: words, pairs and pieces, each with a weight for each category, in tenths.
+
+    Of a feature's weights the smallest is 0: only their differences count.
+    """
+
+    def __init__(self, names: Sequence[str], bias: Sequence[float],
+                 weights: Mapping[str, tuple[int, ...]]):  # fmt: skip
+        self.names = tuple(names)
+        self._bias = tuple(bias)
+        self._weights = weights
+        self._word = lru_cache(maxsize=4096)(self._sum_of)  # the same words come again and again
+
+    def _sum_of(self, word: str) -> tuple[int, tuple[int, ...], tuple[int, ...] | None]:
+        """(how many of its features are known, the sum of their weights, the word's own)."""
+        pieces = pieces_of(word)
+        found = [self._weights[name] for name in pieces if name in self._weights]
+        sums = tuple(map(sum, zip(*found, strict=True)))
+        return len(found), sums, self._weights.get(pieces[0])
+
+    def opinion(self, words: Sequence[str]) -> Opinion | None:
+        """What it makes of these words; None when it knows too few of them and their pairs."""
+        find, of_word = self._weights.get, self._word
+        known = [(pair, found) for pair in pairs_of(words) if (found := find(pair))]
+        vectors, n = [found for _, found in known], len(known)
+        for word in words:
+            count, sums, own = of_word(word)
+            if count:
+                n += count
+                vectors.append(sums)
+                if own:
+                    known.append((word, own))
+        if len(known) < FEW:
+            return None
+        scale = 0.1 / math.sqrt(n)
+        columns = zip(*vectors, strict=True)
+        logits = [b + scale * sum(column) for b, column in zip(self._bias, columns, strict=True)]
+        top = max(logits)
+        odds = [math.exp(logit - top) for logit in logits]
+        total = sum(odds)
+        shares = {name: odd / total for name, odd in zip(self.names, odds, strict=True)}
+        return Opinion(shares, known, scale)
+
+    def heaviest(self, opinion: Opinion, name: str) -> list[tuple[str, float]]:
+        """The three words or pairs that speak most for the category `name`."""
+        n = self.names.index(name)
+        others = len(self.names) - 1
+        said = {(w[n] - (sum(w) - w[n]) / others, word) for word, w in opinion.known}
+        scale, best = SECOND * opinion.scale, sorted(said, reverse=True)[:3]
+        return [(f"~{word}", round(scale * weight, 2)) for weight, word in best if weight > 0]
+
+    def without(self, muted: Iterable[tuple[str, str]]) -> Learnt:
+        """The same table in which these (category, word) say nothing."""
+        weights = dict(self._weights)
+        for name, word in muted:
+            if name in self.names and word in weights:
+                changed = list(weights[word])
+                changed[self.names.index(name)] = 0
+                weights[word] = tuple(changed)
+        return Learnt(self.names, self._bias, weights)
+
+
+@lru_cache(maxsize=1)
+def learnt() -> Learnt:
+    """The table of words.json, which bench/train_words.py makes."""
+    raw = json.loads((HERE / "words.json").read_text(encoding="utf-8"))
+    # Small integers, in tuples: lists of floats were three times as slow on a busy machine.
+    words = {word: tuple(weights) for word, weights in raw["words"].items()}
+    return Learnt(raw["categories"], raw["bias"], words)
+
+
+def mixed(scores: Mapping[str, float], shares: Mapping[str, float]) -> dict[str, float]:
+    """Each category's share of the lists' score, and of the table's opinion; together under 1.
+
+    Where the lists say nothing the table alone decides, or nobody.
+    """
+    total = sum(scores.values())
+    if not total and max(shares.values(), default=0.0) < ALONE:
+        return {}
+    return {
+        name: (score / (total + DAMP) + SECOND * shares.get(name, 0.0)) / (1 + SECOND)
+        for name, score in scores.items()
+    }
