@@ -485,9 +485,9 @@ ORDER = re.compile(
 )
 
 
-def is_order(words: Sequence[str]) -> bool:
+def is_order(opening: str) -> bool:
     """Whether a text opens like an order about the world: "can you book", "je voudrais ajouter"."""
-    return bool(ORDER.match(" ".join(words[:6])))
+    return bool(ORDER.match(opening))
 
 
 # "How do I cancel a subscription politely?" wants words, however much it sounds like an order.
@@ -506,9 +506,9 @@ NOW = frozenset(
 )
 
 
-def is_how_to(words: Sequence[str]) -> bool:
+def is_how_to(opening: str, words: Sequence[str]) -> bool:
     """Whether a text asks how something is done, rather than to have it done."""
-    return bool(HOW_TO.match(" ".join(words[:14]) + " ")) and NOW.isdisjoint(words)
+    return bool(HOW_TO.match(opening)) and NOW.isdisjoint(words)
 
 
 # A text to be written, whatever it is about; but no program, and no message to be sent.
@@ -555,9 +555,9 @@ ORDERED = re.compile(
 SENTENCE = re.compile(r"[.!?;]\s+(?=\S)|,\s+(?=(?:how|what|when|combien|quel|quand)\b)", re.I)
 
 
-def shapes_of(text: str, words: Sequence[str]) -> list[Hit]:
+def shapes_of(text: str, opening: str, words: Sequence[str]) -> list[Hit]:
     """The kinds of tasks that show in how a text opens and ends, whatever words it holds."""
-    if WRITING.match(" ".join(words[:16]) + " "):
+    if WRITING.match(opening):
         return [("conversation", "(a text to write)", 3.5)]
     if "?" not in text[-200:] or len(words) < 9 or len(words) > 150:
         return []
@@ -579,7 +579,7 @@ def asked_in(text: str, words: Sequence[str]) -> tuple[int, int]:
     "Translate this: ...", a question above or below a pasted mail; all words if none is pasted.
     """
     everything = len(words), 0
-    if len(words) < 8:
+    if len(words) < 8 or ("\n" not in text and ":" not in text):
         return everything
     blocks = [block for block in re.split(r"\n\s*\n", text.strip()) if block.strip()]
     if len(blocks) > 1:
@@ -647,9 +647,10 @@ class Reading(NamedTuple):
 def read(text: str) -> Reading:
     """What there is to know of a capped `text` before its words are looked up."""
     words, how_to = tokens_of(text), False
-    shapes = shapes_of(text, words)
+    opening = " ".join(words[:16]) + " "
+    shapes = shapes_of(text, opening, words)
     calm = min((CALM[name] for _, name, _ in shapes), default=1.0)
-    if not shapes and (how_to := is_how_to(words)):
+    if not shapes and (how_to := is_how_to(opening, words)):
         calm = 0.3
     asked = asked_in(text, words)
     weaker = calm * (MATERIAL if sum(asked) < len(words) else 1.0)
@@ -657,7 +658,7 @@ def read(text: str) -> Reading:
         (name, signal, weight * weaker if name == "tools" else weight)
         for name, signal, weight in signals_of(text)
     ]
-    if not shapes and not how_to and is_order(words):
+    if not shapes and not how_to and is_order(opening):
         signals.append(("tools", "(an order)", 1.0))
     return Reading(words, signals, asked, calm, accented(text))
 
@@ -686,11 +687,12 @@ class Continuations:
         weights = {words: weight for words, _, weight in map(parse_entry, entries)}
         self._grams = {words for words, weight in weights.items() if weight}  # `ok^0` mutes
         self._longest = max(map(len, self._grams), default=0)
+        self._firsts = FILLERS.union(gram[0] for gram in self._grams)
 
     def covers(self, text: str) -> bool:
         """Whether `text` is a follow-up: these words only, or behind one hardly any other."""
         words = tokens_of(text[:200])
-        if not words or len(words) > 12:
+        if not words or len(words) > 12 or not (words[0] in self._firsts or words[0].isdigit()):
             return False
         at, opener, rest = 0, 0, 0
         while at < len(words):

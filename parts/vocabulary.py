@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,8 +101,8 @@ def pieces_of(word: str) -> list[str]:
 
 def pairs_of(words: Sequence[str]) -> list[str]:
     """The pairs of neighbours; `^ write` is the first word, `please $` the last."""
-    plain = ["#" if word.isdigit() else word for word in words]
-    return [*map("{} {}".format, ["^", *plain], [*plain, "$"])]
+    plain = ["^", *["#" if word.isdigit() else word for word in words], "$"]
+    return [*map(" ".join, pairwise(plain))]
 
 
 class Opinion(NamedTuple):
@@ -128,7 +129,8 @@ class Learnt:
     def _sum_of(self, word: str) -> tuple[int, tuple[int, ...], tuple[int, ...] | None]:
         """(how many of its features are known, the sum of their weights, the word's own)."""
         pieces = pieces_of(word)
-        found = [self._weights[name] for name in pieces if name in self._weights]
+        find = self._weights.get
+        found = [weights for name in pieces if (weights := find(name))]
         sums = tuple(map(sum, zip(*found, strict=True)))
         return len(found), sums, self._weights.get(pieces[0])
 
@@ -156,12 +158,13 @@ class Learnt:
         return Opinion(shares, known, scale)
 
     def heaviest(self, opinion: Opinion, name: str) -> list[tuple[str, float]]:
-        """The three words or pairs that speak most for the category `name`."""
+        """The few words or pairs that speak most for the category `name`."""
         n = self.names.index(name)
-        others = len(self.names) - 1
-        said = {(w[n] - (sum(w) - w[n]) / others, word) for word, w in opinion.known}
-        scale, best = SECOND * opinion.scale, sorted(said, reverse=True)[:3]
-        return [(f"~{word}", round(scale * weight, 2)) for weight, word in best if weight > 0]
+        scale, size = SECOND * opinion.scale, len(self.names)
+        said = [(w[n] * size - sum(w), word) for word, w in opinion.known]
+        said.sort(reverse=True)
+        best = dict.fromkeys(said[:4])
+        return [(f"~{word}", round(scale * more / size, 2)) for more, word in best if more > 0]
 
     def without(self, muted: Iterable[tuple[str, str]]) -> Learnt:
         """The same table in which these (category, word) say nothing."""
