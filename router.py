@@ -440,17 +440,17 @@ class Keywords:
         self._remembered = lru_cache(maxsize=256)(self._match)
         self._single = lru_cache(maxsize=4096)(self._of_word)  # the same words come again and again
         self._builtin = {name for name in lists if name in BUILT_IN and built_in.get(name)}
-        muted: list[tuple[str, str]] = []
+        muted: list[tuple[str, str, bool]] = []
         for name in sorted(lists, key=BUILT_IN.__contains__):  # user-made ones first: they win ties
             own = {parse_entry(entry)[:2] for entry in lists[name]}
             self._own |= {(name, entry.partition("^")[0]) for entry in lists[name]}
             for entry in lists[name]:
                 self._add(name, entry, OWN if name in BUILT_IN else 1.0)
-            muted += [(name, " ".join(parse_entry(e)[0])) for e in lists[name] if e.endswith("^0")]
+            for words, is_prefix, weight in map(parse_entry, lists[name]):
+                muted += [] if weight else [(name, " ".join(words), is_prefix)]
             for entry in built_in.get(name, ()):
                 if not own or parse_entry(entry)[:2] not in own:  # a person's weight counts
                     self._add(name, entry)
-
         self._learnt = learnt().without(muted) if self._builtin else None
 
     def _add(self, name: str, entry: str, times: float = 1.0) -> None:
@@ -564,7 +564,9 @@ def decide(scores: dict[str, float], hits: list[Hit]) -> Choice:
     return Choice(ranked[0], (best - second) / (best + 1), best, matched)  # + 1: one hit is not all
 
 
-SURE_MARGIN = 0.6  # hybrid: above this keywords are right 95 % of the time (bench/routing.py)
+SURE_MARGIN = (
+    0.2  # hybrid: above it 97 of 100 are right, where no small model helps (bench/CARD.md)
+)
 CLASSIFIER_CIRCUIT = {"failure_threshold": 3, "recovery_timeout_sec": 30, "first_retry_sec": 30}
 
 
@@ -753,7 +755,7 @@ def _by_tools(chat: Chat, table: Table) -> Decision | None:
 def _by_words(table: Table, choice: Choice, mode: str) -> Decision:
     name = choice.category or table.default_category
     words = tuple((entry, weight) for category, entry, weight in choice.matched if category == name)
-    reason = ", ".join(word for word, _ in words[:8])[:200]  # a header; nginx allows 4 KB for all
+    reason = ", ".join(word for word, _ in words[:8])[:200] or "the learnt table"  # for a header
     return _decide(table, name, mode, reason, margin=choice.margin, words=words)
 
 

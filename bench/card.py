@@ -66,8 +66,8 @@ def junk() -> dict[str, str]:
     }
 
 
-def write(files: list[Path]) -> Path:
-    """Measure, and write bench/CARD.md."""
+def write(files: list[Path], path: Path = ROOT / "bench" / "CARD.md") -> Path:
+    """Measure, and write the card."""
     decide = routing.deciding()
     own = [(path.name, row) for path in train_words.OWN for row in routing.rows_of(path)]
     public = [(row["source"].partition("/")[0], row) for f in files for row in routing.rows_of(f)]
@@ -92,7 +92,6 @@ def write(files: list[Path]) -> Path:
     fresh = [pair for (kind, *_), found in sets.items() if kind != "trained on" for pair in found]
     out += [*confusion(fresh), *calibration(margins), *robustness(decide, held)]
     out += [*timing(decide, took[1:]), *weak(sets, fresh)]
-    path = ROOT / "bench" / "CARD.md"
     path.write_text("\n".join(out).rstrip() + "\n", encoding="utf-8")
     return path
 

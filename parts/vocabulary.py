@@ -120,8 +120,14 @@ class Learnt:
     """
 
     def __init__(self, names: Sequence[str], bias: Sequence[float],
-                 weights: Mapping[str, tuple[int, ...]]):  # fmt: skip
+                 weights: Mapping[str, tuple[int, ...]],
+                 muted: Sequence[tuple[str, str, bool]] = ()):  # fmt: skip
         self.names = tuple(names)
+        self._muted = [
+            (self.names.index(name), word, is_prefix)
+            for name, word, is_prefix in muted
+            if name in self.names
+        ]
         self._bias = tuple(bias)
         self._weights = weights
         self._word = lru_cache(maxsize=4096)(self._sum_of)  # the same words come again and again
@@ -132,7 +138,10 @@ class Learnt:
         find = self._weights.get
         found = [weights for name in pieces if (weights := find(name))]
         sums = tuple(map(sum, zip(*found, strict=True)))
-        return len(found), sums, self._weights.get(pieces[0])
+        own = find(pieces[0])
+        if self._muted:
+            sums, own = self._quiet(sums, word), own and self._quiet(own, word)
+        return len(found), sums, own
 
     def opinion(self, words: Sequence[str]) -> Opinion | None:
         """What it makes of these words; None when it knows too few of them and their pairs."""
@@ -164,17 +173,26 @@ class Learnt:
         said = [(w[n] * size - sum(w), word) for word, w in opinion.known]
         said.sort(reverse=True)
         best = dict.fromkeys(said[:4])
-        return [(f"~{word}", round(scale * more / size, 2)) for more, word in best if more > 0]
+        return [(f"~{word}", round(scale * more / size, 2)) for more, word in best if more > size]
 
-    def without(self, muted: Iterable[tuple[str, str]]) -> Learnt:
-        """The same table in which these (category, word) say nothing."""
-        weights = dict(self._weights)
-        for name, word in muted:
-            if name in self.names and word in weights:
-                changed = list(weights[word])
-                changed[self.names.index(name)] = 0
-                weights[word] = tuple(changed)
-        return Learnt(self.names, self._bias, weights)
+    def _quiet(self, weights: tuple[int, ...], feature: str) -> tuple[int, ...]:
+        """The weights of a word or pair, without those for which it is muted."""
+        out = {
+            n for n, word, is_prefix in self._muted for part in feature.split(" ")
+            if part == word or (is_prefix and part.startswith(word))
+        }  # fmt: skip
+        return tuple([min(weights) if n in out else w for n, w in enumerate(weights)])
+
+    def without(self, muted: Sequence[tuple[str, str, bool]]) -> Learnt:
+        """The same table, in which each (category, word, or with True its beginning) is muted."""
+        if not muted:
+            return self
+        quiet = Learnt(self.names, self._bias, {}, muted)
+        weights = {
+            name: quiet._quiet(found, name) if " " in name else found
+            for name, found in self._weights.items()
+        }
+        return Learnt(self.names, self._bias, weights, muted)
 
 
 @lru_cache(maxsize=1)
