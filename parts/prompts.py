@@ -644,8 +644,35 @@ class Reading(NamedTuple):
         return self.words[at] in self.accented and entry.isascii() and entry.isalpha()
 
 
+# Courtesies around a request say nothing of it; alone they are small talk.
+HELLO = re.compile(
+    r"\s*(?:hi|hello|hey|hiya|dear \w+|good (?:morning|afternoon|evening)|greetings|bonjour|salut|"
+    r"bonsoir|coucou|hallo|guten (?:morgen|tag|abend)|hola|buenas|ciao|buongiorno)"
+    r"(?: (?:there|all|everyone|team|again|toi|tous|à tous|zusammen))?\s*[!,.:;]+\s*(?=\S.{11})",
+    re.I | re.S,
+)
+THANKS = re.compile(
+    r"[\s,;]*(?:(?:many )?thanks|thank you|thx|cheers|merci|danke|gracias|grazie)"
+    r"(?: (?:in advance|a lot|so much|very much|again|you|beaucoup|bien|d['’]avance|par avance|"
+    r"im voraus|por adelantado|in anticipo))*[\s!.:)]*\Z",
+    re.I,
+)
+
+
+def bare(text: str) -> str:
+    """`text` without a greeting before the request and thanks behind it."""
+    hello = HELLO.match(text)
+    if hello:
+        text = text[hello.end() :]
+    thanks = THANKS.search(text[-60:])
+    if thanks and len(text) - (len(thanks[0])) > 11:
+        text = text[: -len(thanks[0])]
+    return text
+
+
 def read(text: str) -> Reading:
     """What there is to know of a capped `text` before its words are looked up."""
+    text = bare(text)
     words, how_to = tokens_of(text), False
     opening = " ".join(words[:16]) + " "
     shapes = shapes_of(text, opening, words)
