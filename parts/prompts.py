@@ -511,6 +511,25 @@ def is_how_to(opening: str, words: Sequence[str]) -> bool:
     return bool(HOW_TO.match(opening)) and NOW.isdisjoint(words)
 
 
+# A question about the world as it is in books. What is on now, or is the person's, is another.
+FACT = re.compile(
+    r"(?:who (?:was|were|wrote|won|played|painted|sang|sings|directed|discovered|invented|founded|"
+    r"designed|composed|built|created|said|scored|became|married|killed|is the|are the|first)|"
+    r"(?:in )?(?:which|what) (?:\w+ ){1,4}(?:won|wrote|sang|plays?|played|features?|released|flows|"
+    r"has|had|uses?|makes|made|directed|discovered|invented|painted|composed|founded|was|were|did|"
+    r"starred|hosted|is known)|what (?:is|was) the (?:name|capital|currency|first|highest|largest|"
+    r"longest|smallest|chemical)|what does \w+ (?:stand for|mean)|"
+    r"qui (?:a|fut|etait|est le|est la|jouait|chantait|chante) |en quelle annee|dans quelle? \w+ "
+    r"(?:se|est|fut|a)|quelle? (?:\w+ ){1,3}(?:a|fut|etait|jouait|jouent|traverse)|"
+    r"quelle? est l[ae]? ?(?:capitale|monnaie|plus|nom)|"
+    r"wer (?:war|schrieb|malte|erfand|hat)|wann (?:war|wurde|fiel)|quien \w+|chi (?:ha|era|fu)) "
+)
+LATELY = NOW | frozenset(
+    "my our me mine us last latest next score playing open left right live news yesterday here "
+    "this mon ma mes nos moi dernier derniere hier prochain prochaine soir nuit matin "
+    "gestern mein meine ayer mi mis ieri mio mia".split()
+)
+
 # A text to be written, whatever it is about; but no program, and no message to be sent.
 WRITING = re.compile(
     r"(?:\w+ ){0,3}?(?:write|draft|compose|create|come up with|make up|invent|pen|"
@@ -559,6 +578,8 @@ def shapes_of(text: str, opening: str, words: Sequence[str]) -> list[Hit]:
     """The kinds of tasks that show in how a text opens and ends, whatever words it holds."""
     if WRITING.match(opening):
         return [("conversation", "(a text to write)", 3.5)]
+    if FACT.match(opening) and len(words) < 25 and LATELY.isdisjoint(words):
+        return [("conversation", "(a fact)", 0.8)]
     if "?" not in text[-200:] or len(words) < 9 or len(words) > 150:
         return []
     *_, last = SENTENCE.split(text.rstrip()[-400:])
@@ -608,7 +629,11 @@ def accented(text: str) -> frozenset[str]:
 
 
 MATERIAL = 0.15  # what a word counts that stands in what was pasted
-CALM = {"(a text to write)": 0.4, "(word problem)": 0.3}  # what is left beside it of tools' words
+CALM = {
+    "(a text to write)": 0.4,
+    "(word problem)": 0.3,
+    "(a fact)": 0.3,
+}  # what is left beside it of tools' words
 A_NAME = "(a name)"
 
 

@@ -61,5 +61,8 @@ def test_trivia_questions_do_not_go_to_tools(decide):
               "Qui était {} ?", "Wer war {}?", "¿Quién fue {}?", "Chi era {}?")  # fmt: skip
 
     asked = [shape.format(name) for shape in shapes for name in names]
+    asked += ["Which band released the album Rumours in 1977?", "Who designed the Sydney Opera House?",
+              "Which Shakespeare play features Iago?", "Qui a remporté le Tour de France en 1985 ?",
+              "In what year did the Berlin Wall fall?", "Qui chantait La Bohème ?"]  # fmt: skip
 
     assert [text for text in asked if decide([user(text)]).category == "tools"] == []
