@@ -78,6 +78,7 @@ def train(rows: list[Row], features: Iterable[str]) -> tuple[list[float], dict[s
         pairs = [(weights[name], squares[name]) for name in known]
         ready.append((hashlib.sha256(f"{n}".encode()).digest(), pairs, category, weight))
     ready.sort(key=lambda row: row[0])  # mixed, and the same every time
+    means = {name: [0.0] * len(NAMES) for name in weights}
     for epoch in range(EPOCHS):
         for _, pairs, category, weight in ready if epoch % 2 else ready[::-1]:
             scale = 1 / math.sqrt(len(pairs) or 1)
@@ -94,7 +95,11 @@ def train(rows: list[Row], features: Iterable[str]) -> tuple[list[float], dict[s
                 for w, s in pairs:
                     s[k] += square
                     w[k] -= RATE * (slope + DECAY * w[k]) / math.sqrt(s[k])
-    return bias, weights
+        if epoch >= EPOCHS // 2:  # the mean of the second half hangs less on the last rows
+            for name, w in weights.items():
+                means[name] = [a + b for a, b in zip(means[name], w, strict=True)]
+    share = EPOCHS - EPOCHS // 2
+    return bias, {name: [sum_ / share for sum_ in w] for name, w in means.items()}
 
 
 def chosen(rows: list[Row], weights: dict[str, list[float]]) -> list[str]:

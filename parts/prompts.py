@@ -594,6 +594,20 @@ def shapes_of(text: str, opening: str, words: Sequence[str]) -> list[Hit]:
 TASK_WORDS = 24  # a request before or behind pasted material is shorter
 
 
+# What announces a text that follows, or stands above.
+CUES = frozenset(
+    "translate rewrite rephrase paraphrase summarize summarise summary classify correct proofread "
+    "shorten extract sort label group complete continue edit improve following this these text "
+    "sentence sentences paragraph message mail email article review words notes announcement "
+    "says opposite below above grammar tone headline traduis traduisez traduire reecris reformule "
+    "resume resumez classe corrige corrigez raccourcis extrais trie range separe complete "
+    "continue relis transforme rends suivant suivante suivants ce cet cette texte phrase phrases "
+    "paragraphe courriel avis mots annonce fautes contraire passe ton dessous dessus "
+    "ubersetze korrigiere fasse kurze satz text folgende corrige traduce resume frase siguiente "
+    "traduci correggi riassumi frase seguente".split()
+)
+
+
 def asked_in(text: str, words: Sequence[str]) -> tuple[int, int]:
     """How many words at the head and at the tail say what is wanted; between them is material.
 
@@ -605,14 +619,14 @@ def asked_in(text: str, words: Sequence[str]) -> tuple[int, int]:
     blocks = [block for block in re.split(r"\n\s*\n", text.strip()) if block.strip()]
     if len(blocks) > 1:
         first, last = len(tokens_of(blocks[0])), len(tokens_of(blocks[-1]))
-        head = first if first <= TASK_WORDS else 0
+        head = first if 3 < first <= TASK_WORDS else 0
         asks = last <= TASK_WORDS and (not head or "?" in blocks[-1])
         tail = last if asks else 0
         if (head or tail) and head + tail < len(words) - 6:
             return head, tail
     head_text, colon, _ = blocks[0].partition(":") if blocks else ("", "", "")
     head = len(tokens_of(head_text)) if colon and "//" not in blocks[0][: len(head_text) + 4] else 0
-    if 2 <= head <= TASK_WORDS and len(words) - head >= 4:
+    if 2 <= head <= TASK_WORDS and len(words) - head >= 4 and not CUES.isdisjoint(words[:head]):
         return head, 0
     return everything
 

@@ -61,8 +61,22 @@ def test_trivia_questions_do_not_go_to_tools(decide):
               "Qui était {} ?", "Wer war {}?", "¿Quién fue {}?", "Chi era {}?")  # fmt: skip
 
     asked = [shape.format(name) for shape in shapes for name in names]
-    asked += ["Which band released the album Rumours in 1977?", "Who designed the Sydney Opera House?",
-              "Which Shakespeare play features Iago?", "Qui a remporté le Tour de France en 1985 ?",
-              "In what year did the Berlin Wall fall?", "Qui chantait La Bohème ?"]  # fmt: skip
-
+    asked += [
+        "Which band released the album Rumours in 1977?",
+        "Who designed the Sydney Opera House?",
+        "Which Shakespeare play features Iago?",
+        "Qui a remporté le Tour de France en 1985 ?",
+        "In what year did the Berlin Wall fall?",
+    ]
     assert [text for text in asked if decide([user(text)]).category == "tools"] == []
+
+
+@pytest.mark.parametrize("shape", ["Quick question: {}", "Petite question : {}", "Hi there! {}",
+                                   "{}\nThanks in advance!", "{} Merci d'avance."])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "category"),
+    [("turn off the lamp in the hallway", "tools"), ("éteins la lampe du couloir", "tools"),
+     ("why does my Python loop never end?", "code"), ("prove that 7 is prime", "reasoning")],
+)  # fmt: skip
+def test_what_stands_around_a_request_changes_nothing(decide, shape, text, category):
+    assert decide([user(shape.format(text))]).category == category
