@@ -579,7 +579,7 @@ def shapes_of(text: str, opening: str, words: Sequence[str]) -> list[Hit]:
     if WRITING.match(opening):
         return [("conversation", "(a text to write)", 3.5)]
     if FACT.match(opening) and len(words) < 25 and LATELY.isdisjoint(words):
-        return [("conversation", "(a fact)", 0.8)]
+        return [("conversation", "(a fact)", 1.5)]
     if "?" not in text[-200:] or len(words) < 9 or len(words) > 150:
         return []
     *_, last = SENTENCE.split(text.rstrip()[-400:])
