@@ -564,9 +564,7 @@ def decide(scores: dict[str, float], hits: list[Hit]) -> Choice:
     return Choice(ranked[0], (best - second) / (best + 1), best, matched)  # + 1: one hit is not all
 
 
-SURE_MARGIN = (
-    0.2  # hybrid: above it 97 of 100 are right, where no small model helps (bench/CARD.md)
-)
+SURE_MARGIN = 0.2  # above it 97 of 100 are right (bench/CARD.md): no small model is better
 CLASSIFIER_CIRCUIT = {"failure_threshold": 3, "recovery_timeout_sec": 30, "first_retry_sec": 30}
 
 
@@ -718,7 +716,8 @@ class Chooser:
         named = None if follows or sure else self._classifier.ask(table, text, flight)
         if named:
             return _decide(table, named, "ollama", f"{asked_model(table)} said {named}")
-        if follows or points_back(text, choice.score):
+        score = max(choice.score, float(choice.margin >= SURE_MARGIN))  # the table may be sure
+        if follows or points_back(text, score):
             for earlier in [before, *texts]:
                 found = keywords.match(earlier)
                 if found.category and not continuations.covers(earlier):

@@ -247,8 +247,9 @@ STAMP = re.compile(
 def clean(text: str) -> str:
     """What the user said in `text`, without what a client put around it; may be empty."""
     again = "previous active turn" in text or "Earlier unanswered user" in text
+    signs = {sign for sign in "<[(#" if sign in text}
     for mark, pattern in WRAPPINGS:
-        if mark in text:
+        if (mark[0] in signs or mark[0] not in "<[(#") and mark in text:
             text = pattern.sub("", text)
     if again:
         text = newest_of(AGAIN.sub("", text))
@@ -526,8 +527,9 @@ FACT = re.compile(
 )
 LATELY = NOW | frozenset(
     "my our me mine us last latest next score playing open left right live news yesterday here "
-    "this mon ma mes nos moi dernier derniere hier prochain prochaine soir nuit matin "
-    "gestern mein meine ayer mi mis ieri mio mia".split()
+    "this heure heures time temps cours prix price taux train trains vol flight bus tram score "
+    "match numero number mon ma mes nos moi dernier derniere hier prochain prochaine soir nuit "
+    "matin gestern mein meine ayer mi mis ieri mio mia".split()
 )
 
 # A text to be written, whatever it is about; but no program, and no message to be sent.

@@ -170,7 +170,7 @@ class Learnt:
         """The few words or pairs that speak most for the category `name`."""
         n = self.names.index(name)
         scale, size = SECOND * opinion.scale, len(self.names)
-        said = [(w[n] * size - sum(w), word) for word, w in opinion.known]
+        said = [(w[n] * size - sum(w), word) for word, w in opinion.known if w[n] > 9]
         said.sort(reverse=True)
         best = dict.fromkeys(said[:4])
         return [(f"~{word}", round(scale * more / size, 2)) for more, word in best if more > size]

@@ -49,6 +49,10 @@ def decide():
         ("How do I cancel a dinner politely?", "conversation"),
         ("Comment envoyer une carte postale depuis le Japon ?", "conversation"),
         ("How do I schedule a job with cron?", "code"),
+        # what is on now is no question of fact
+        ("Quelle heure est-il à Tokyo ?", "tools"),
+        ("What is the price of gold right now?", "tools"),
+        ("Who won the match last night?", "tools"),
     ],
 )  # fmt: skip
 def test_what_is_asked_decides_not_what_it_is_about(decide, text, category):
