@@ -159,8 +159,8 @@ class Table:
             "ollama": dict(self.ollama),
             "model_mappings": {name: [m.id for m in c.models] for name, c in categories},
             "keywords": {name: list(c.keywords) for name, c in categories},
-            "vocabulary": {name: c.built_in for name, c in categories},
             "model_costs": {id_: dict(m.cost) for id_, m in self.models.items() if m.cost},
+            "vocabulary": {name: c.built_in for name, c in categories},
             "default_category": self.default_category,
             "machine_category": self.machine_category,
             "classifier": dict(self.classifier) if self.classifier else None,
@@ -391,8 +391,10 @@ def _doubts(table: Table, raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, .
     yield from (((), sentence) for sentence in _doubts_about_urls(raw))
     owners: dict[str, str] = {}
     for name, category in table.categories.items():
-        own = [entry for entry in category.keywords if not entry.endswith("^0")]  # `^0` mutes one
-        for word in dict.fromkeys(fold(e.rpartition("^")[0] or e) for e in own):
+        built_in, own = category.lists
+        muted = {fold(entry[:-2]) for entry in own if entry.endswith("^0")}
+        entries = [fold(e.rpartition("^")[0] or e) for e in (*built_in, *own)]
+        for word in dict.fromkeys(word for word in entries if word not in muted):
             if owners.setdefault(word, name) != name:
                 both = (owners[word], name)
                 yield both, f"keyword {word!r} stands in {both[0]} and in {name}"
