@@ -39,8 +39,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 from urllib.parse import quote
 
@@ -62,6 +63,15 @@ from parts.access import (
 )  # fmt: skip
 from parts.carrier import Carrier
 from parts.chat import Chat, chat_of, check, parse_body, read_body, read_chat
+from parts.classifier import (
+    CHARS,
+    Question,
+    asked_model,
+    patience_s,
+    question_for,
+    read_category,
+    refusal,
+)  # fmt: skip
 from parts.clients import Clients
 from parts.command import main
 from parts.dialects import CHAT, DIALECT_AT, DIALECTS, Dialect, dialect_of, passed_on
@@ -91,16 +101,17 @@ from parts.prompts import (
     Continuations,
     Hit,
     cap,
-    is_order,
+    machine_call,
     parse_entry,
     points_back,
-    signals_of,
-    tokens_of,
+    read,
+    without_lone_name,
 )  # fmt: skip
 from parts.relay import Relay
 from parts.settings import VERSION, Settings, SettingsError
 from parts.table import BUILT_IN, Model, Table, Upstream, load_table
 from parts.views import shown
+from parts.vocabulary import CONTINUATIONS, OWN, Learnt, Opinion, learnt, lists_of, mixed
 
 if TYPE_CHECKING:
     from parts.cluster import CircuitState, Cluster
@@ -361,8 +372,7 @@ MULTIPLIERS = {"tools": 1.0, "code": 1.1, "reasoning": 0.9, "conversation": 1.0}
 USER_MADE = 4.0  # whoever adds a category wants it: one plain keyword outdoes a weak built-in hit
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """A category (None: nothing scored), how sure (0..1), and the entries that decided."""
 
     category: str | None
@@ -374,25 +384,38 @@ class Choice:
 class Keywords:
     """A routing table's keywords, ready to match: cost grows with the prompt, not the lists."""
 
-    def __init__(self, lists: Mapping[str, Iterable[str]]):
+    def __init__(self, lists: Mapping[str, Iterable[str]],
+                 built_in: Mapping[str, Iterable[str]] = MappingProxyType({})):  # fmt: skip
         self.multipliers = {name: MULTIPLIERS.get(name, USER_MADE) for name in lists}
         self._exact: dict[str, list[Hit]] = {}
         self._prefix: dict[str, list[Hit]] = {}
         self._stems: dict[str, set[int]] = {}  # up to 3 letters -> how long the prefixes are
         self._sizes: dict[str, set[int]] = {}  # two words (or one) -> how many a phrase has
         self._lengths: dict[tuple[str, int], set[int]] = {}  # these, with a prefix at the end
+        self._own: set[tuple[str, str]] = set()  # (category, entry) of a person's
         # Each step of a tool loop asks about the same text, each follow-up about the one before.
         self._remembered = lru_cache(maxsize=256)(self._match)
+        self._single = lru_cache(maxsize=4096)(self._of_word)  # the same words come again and again
+        self._builtin = {name for name in lists if name in BUILT_IN and built_in.get(name)}
+        muted: list[tuple[str, str, bool]] = []
         for name in sorted(lists, key=BUILT_IN.__contains__):  # user-made ones first: they win ties
+            own = {parse_entry(entry)[:2] for entry in lists[name]}
+            self._own |= {(name, entry.partition("^")[0]) for entry in lists[name]}
             for entry in lists[name]:
-                self._add(name, entry)
+                self._add(name, entry, OWN if name in BUILT_IN else 1.0)
+            for words, is_prefix, weight in map(parse_entry, lists[name]):
+                muted += [] if weight else [(name, " ".join(words), is_prefix)]
+            for entry in built_in.get(name, ()):
+                if not own or parse_entry(entry)[:2] not in own:  # a person's weight counts
+                    self._add(name, entry)
+        self._learnt = learnt().without(muted) if self._builtin else None
 
-    def _add(self, name: str, entry: str) -> None:
+    def _add(self, name: str, entry: str, times: float = 1.0) -> None:
         words, is_prefix, weight = parse_entry(entry)
         key, size = " ".join(words), len(words)
-        hit = name, entry.partition("^")[0], weight
+        hit = name, entry.partition("^")[0], weight * times
         hits = (self._prefix if is_prefix else self._exact).setdefault(key, [])
-        if any(other[0] == name and other[2] >= weight for other in hits):
+        if not weight or any(other[0] == name and other[2] >= hit[2] for other in hits):
             return  # the same words in one category tell one thing
         hits.append(hit)
         if size == 1:
@@ -420,26 +443,27 @@ class Keywords:
                 found.setdefault((name, entry), (weight, at))
         return found
 
-    def _hits(self, words: Sequence[str]) -> Iterator[tuple[int, list[Hit]]]:
-        """Each place where entries begin, with these; hardly any does, so that is what is quick."""
-        exact, stems, sizes = self._exact, self._stems, self._sizes
-        openers = {word for word in set(words)
-                   if word in exact or word in sizes or word[:3] in stems or word[:2] in stems
-                   or word[:1] in stems}  # fmt: skip
+    def _hits(self, words: Sequence[str]) -> Iterator[tuple[int, Sequence[Hit]]]:
+        """Each place where entries begin, with these."""
+        single, sizes = self._single, self._sizes
         pairs = [*map(" ".join, pairwise(words)), ""]
         for at, (word, pair) in enumerate(zip(words, pairs, strict=False)):
-            if word not in openers and pair not in sizes:
-                continue
-            hits = self._single(word)
-            for head, size in [(h, n) for h in (word, pair) for n in sizes.get(h, ())]:
-                hits += self._phrase(" ".join(words[at : at + size]), head, size)
+            hits = single(word)
+            for head in (word, pair):
+                for size in sizes.get(head, ()):
+                    hits = [*hits, *self._phrase(" ".join(words[at : at + size]), head, size)]
             if hits:
                 yield at, hits
 
-    def _single(self, word: str) -> list[Hit]:
-        hits = list(self._exact.get(word, ()))
-        for stem in (word[:3], word[:2], word[:1]):
-            for length in self._stems.get(stem, ()):
+    def _of_word(self, word: str) -> Sequence[Hit]:
+        """The entries that `word` alone matches; hardly any word does, so that is what is quick."""
+        exact, stems = self._exact, self._stems
+        found = [stem for stem in (word[:3], word[:2], word[:1]) if stem in stems]
+        if not found and word not in exact:
+            return ()
+        hits = list(exact.get(word, ()))
+        for stem in dict.fromkeys(found):
+            for length in stems[stem]:
                 hits += self._prefix.get(word[:length], ())
         return hits
 
@@ -454,17 +478,33 @@ class Keywords:
         return self._remembered(text if len(text) <= HEAD else cap(text))
 
     def _match(self, text: str) -> Choice:
-        words = tokens_of(text)
+        reading = read(text)
         hits = [
-            (name, entry, weight if at < 60 or len(words) - at < 40 else weight / 2)
-            for (name, entry), (weight, at) in self.find(words).items()
-        ]  # middle: material
-        hits += [("tools", "(an order)", 1.0)] * is_order(words)
-        hits = [hit for hit in hits + signals_of(text) if hit[0] in self.multipliers]
+            (name, entry, weight * reading.share(name, at))
+            for (name, entry), (weight, at) in self.find(reading.words).items()
+            if not reading.is_foreign(entry, at) or (name, entry) in self._own
+        ]
+        hits = [hit for hit in hits + reading.signals if hit[2] and hit[0] in self.multipliers]
+        hits = without_lone_name(hits)
         scores = dict.fromkeys(self.multipliers, 0.0)
         for name, _, weight in hits:
             scores[name] += weight * self.multipliers[name]
-        return decide(scores, hits)
+        choice = decide(scores, hits)
+        if self._learnt is None or choice.category not in (None, *BUILT_IN):
+            return choice  # no second opinion overrules a category that a person made
+        opinion = self._learnt.opinion(reading.wanted)
+        return self._reconsider(choice, scores, self._learnt, opinion) if opinion else choice
+
+    def _reconsider(self, choice: Choice, scores: dict[str, float], table: Learnt,
+                    opinion: Opinion) -> Choice:  # fmt: skip
+        """`choice` with the learnt table's opinion."""
+        both = mixed(scores, {n: p for n, p in opinion.shares.items() if n in self._builtin})
+        if not both:
+            return choice
+        first, second, *_ = [*sorted(both, key=lambda name: -both[name]), ""]
+        hits = [(first, word, weight) for word, weight in table.heaviest(opinion, first)]
+        matched = (*choice.matched, *hits) if choice.matched else tuple(hits)
+        return Choice(first, both[first] - both.get(second, 0.0), choice.score, matched)
 
 
 def decide(scores: dict[str, float], hits: list[Hit]) -> Choice:
@@ -481,23 +521,12 @@ def decide(scores: dict[str, float], hits: list[Hit]) -> Choice:
     return Choice(ranked[0], (best - second) / (best + 1), best, matched)  # + 1: one hit is not all
 
 
-SURE_MARGIN = 0.6  # hybrid: above this keywords are right 95 % of the time (bench/routing.py)
-CLASSIFY_CHARS = 800  # of the user's text go to Ollama: the task stands at the start
+SURE_MARGIN = 0.2  # above it 97 of 100 are right (bench/CARD.md): no small model is better
 CLASSIFIER_CIRCUIT = {"failure_threshold": 3, "recovery_timeout_sec": 30, "first_retry_sec": 30}
-EXAMPLES = (
-    ("Turn off the lights in the kitchen", "tools"),
-    ("Quel temps fera-t-il demain à Lyon ?", "tools"),
-    ("Why does this loop never end? while(i<3){}", "code"),
-    ("Écris une requête SQL qui compte les clients", "code"),
-    ("A train leaves at 9 and takes 75 minutes. When does it arrive?", "reasoning"),
-    ("Pourquoi le ciel est-il bleu ?", "reasoning"),
-    ("Hi, how are you?", "conversation"),
-    ("Traduis cette phrase en anglais", "conversation"),
-)
 
 
 class Classifier:
-    """An Ollama model that names the category. Whatever goes wrong, `ask` says None in time."""
+    """A model that names the category. Whatever goes wrong, `ask` says None in time."""
 
     def __init__(self, post: Callable[..., bytes], clock: Callable[[], float] = time.monotonic):
         self._post = post
@@ -506,11 +535,11 @@ class Classifier:
         self._lock = threading.Lock()  # guards _cache
         self._cache: OrderedDict[tuple[str, str], str] = OrderedDict()
         self._last: tuple[str, str] | None = None  # of the last call: ("", "") when it was good
-        self._think_refused: set[tuple[str, str]] = set()  # (base_url, model) of `ask_ollama`
+        self._think_refused: set[tuple[str, str]] = set()  # (url, model)
 
     def ask(self, table: Table, text: str, flight: Flight) -> str | None:
         """The category the model names for `text`, or None when it is slow, busy, down or wrong."""
-        text = text[:CLASSIFY_CHARS]
+        text = text[:CHARS]
         key = (table.etag, text)
         with self._lock:
             if key in self._cache:
@@ -530,13 +559,13 @@ class Classifier:
         return name
 
     def _call(self, table: Table, text: str, flight: Flight) -> str | None:
-        timeout_s = table.ollama["timeout_sec"]
+        timeout_s = patience_s(table)
         ticket = self._breakers.admit("classifier", timeout_s + 1)
         if ticket is None:
             return None
         verdict = reason = "none"
         try:
-            name = read_ollama(self._ask_ollama(table, text, flight, timeout_s), table)
+            name = read_category(self._ask(table, text, flight, timeout_s), table)
             verdict = "good"
             self._breakers.commit(ticket, 1)
             self._note("", "")
@@ -550,18 +579,19 @@ class Classifier:
         finally:
             self._breakers.settle(ticket, verdict, CLASSIFIER_CIRCUIT, reason)
 
-    def _ask_ollama(self, table: Table, text: str, flight: Flight, timeout_s: float) -> bytes:
-        """Ollama's answer; asked not to think unless this model was seen to refuse the question."""
-        key, until = (table.ollama["base_url"], table.ollama["model"]), flight.clock() + timeout_s
+    def _ask(self, table: Table, text: str, flight: Flight, timeout_s: float) -> bytes:
+        """The answer; asked not to think unless this model was seen to refuse the question."""
+        question, until = question_for(table, text), flight.clock() + timeout_s
+        key = question.url, question.model
         if key not in self._think_refused:
             try:
-                return self._post(*ollama_call(table, text), flight, timeout_s)
+                return self._post(question, flight, timeout_s)
             except ClassifierError as e:
                 if str(e) != THINK_REFUSED:
                     raise
                 self._think_refused.add(key)
         left_s = until - flight.clock()
-        return self._post(*ollama_call(table, text, may_think=True), flight, left_s)
+        return self._post(question_for(table, text, may_think=True), flight, left_s)
 
     def _note(self, reason: str, message: str) -> None:
         """Remember what came of a call; a new trouble is one log line."""
@@ -572,7 +602,7 @@ class Classifier:
     def warm_up(self, table: Table, flight: Flight) -> None:
         """Make Ollama load the model, which may take a minute, before a request needs it."""
         try:
-            read_ollama(self._ask_ollama(table, "Hello", flight, 60.0), table)
+            read_category(self._ask(table, "Hello", flight, 60.0), table)
             self._note("", "")
         except ClassifierError as e:
             self._note(str(e), e.message)
@@ -587,56 +617,6 @@ class Classifier:
             if reason
             else {"status": "ok"}
         )
-
-
-def ollama_call(table: Table, text: str, *, may_think: bool = False) -> tuple[str, bytes]:
-    """URL and body for Ollama's /api/chat; the answer can only be one of the table's categories.
-
-    The prefix is the same for every request, so Ollama keeps its evaluation in its cache. Models
-    that think do so unless told not to, and spend `num_predict` on it.
-    """
-    names = list(table.categories)
-    lines = [f"- {name}: {table.categories[name].description or name}" for name in names]
-    shots = [f"{said} -> {name}" for said, name in EXAMPLES if name in names]
-    system = "\n".join(["Name the category of the user's request.", *lines, "Examples:", *shots])
-    answer = {"category": {"type": "string", "enum": names}}
-    body = {
-        "model": table.ollama["model"],
-        "stream": False,
-        "keep_alive": "30m",
-        **({} if may_think else {"think": False}),
-        "format": {"type": "object", "properties": answer, "required": ["category"]},
-        "options": {"temperature": 0, "seed": 1, "num_predict": 24, "num_ctx": 2048},
-        "messages": [{"role": "system", "content": system}, {"role": "user", "content": text}],
-    }
-    return table.ollama["base_url"].rstrip("/") + "/api/chat", json.dumps(body).encode()
-
-
-# Fences, quotes and prose around the answer are as good; of two categories neither was meant.
-CATEGORY_IN_JSON = re.compile(r'"category"\s{0,9}:\s{0,9}"([^"]{1,80})"', re.I)
-THOUGHTS = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.I | re.S)
-
-
-def read_ollama(data: bytes, table: Table) -> str:
-    """The one category that Ollama's answer names; ClassifierError when it names none, or two."""
-    model = table.ollama["model"]
-    try:
-        message = json.loads(data)["message"]
-        said = THOUGHTS.sub("", message["content"]).rpartition("</think>")[2]
-    except (ValueError, TypeError, KeyError, RecursionError) as e:
-        text = f"{model} does not answer in the form that was asked for"
-        raise ClassifierError("unreadable_answer", text) from e
-    for text in (" ".join(CATEGORY_IN_JSON.findall(said)), said):
-        words = {word.strip("-_") for word in re.findall(r"[\w-]+", text.lower())}
-        named = words.intersection(table.categories)
-        if len(named) == 1:
-            return named.pop()
-    if not said.strip() and (message.get("thinking") or message["content"].strip()):
-        text = f"{model} thinks instead of answering: name a model that does not think as " \
-               'ollama.model in routes.json, or write "routing_mode": "keywords"'  # fmt: skip
-        raise ClassifierError("only_thoughts", text)
-    text = f"{model} does not name one category of routes.json; a larger model may"
-    raise ClassifierError("unknown_category", text)
 
 
 class Decision(NamedTuple):
@@ -680,26 +660,37 @@ class Chooser:
         if name not in ("router", wanted):
             text = f"no such category or model: {scrub(name)[:64]!r}; GET /v1/models lists them"
             raise RouterError(404, "model_not_found", text, param="model")
-        decision = _by_tools(chat, table) or self._by_text(chat, table, flight)
+        decision = self._by_request(chat, table, flight)
         return decision if name in ("router", "") else decision._replace(ignored=wanted[:100])
 
-    def _by_text(self, chat: Chat, table: Table, flight: Flight) -> Decision:
-        keywords, continuations = self._words(table)
+    def _by_request(self, chat: Chat, table: Table, flight: Flight) -> Decision:
+        """An agent's own calls first, then tools, then what was said."""
         texts = islice(chat.dialect.texts(chat.body), LOOK_BACK)
-        text = next(texts, "")
+        text, before = next(texts, ""), next(texts, "")
+        if chat.tool_choice != "required" and (of_machine := machine_call(text, before)):
+            reason = f"an agent's own call: {of_machine}"
+            return _decide(table, table.machine_category, "default", reason)
+        if by_tools := _by_tools(chat, table):
+            return by_tools
         if not text:
             return _decide(table, table.default_category, "default", "no text of the user")
+        return self._by_text(text, chain((before,), texts), table, flight)
+
+    def _by_text(self, text: str, earlier: Iterable[str], table: Table,
+                 flight: Flight) -> Decision:  # fmt: skip
+        keywords, continuations = self._words(table)
         follows = continuations.covers(text)
         choice = keywords.match(text)
         sure = table.mode == "keywords" or (table.mode == "hybrid" and choice.margin >= SURE_MARGIN)
         named = None if follows or sure else self._classifier.ask(table, text, flight)
         if named:
-            return _decide(table, named, "ollama", f"{table.ollama['model']} said {named}")
-        if follows or points_back(text, choice.score):
-            for earlier in texts:
-                before = keywords.match(earlier)
-                if before.category and not continuations.covers(earlier):
-                    return _by_words(table, before, "continuation")
+            return _decide(table, named, "ollama", f"{asked_model(table)} said {named}")
+        score = max(choice.score, float(choice.margin >= SURE_MARGIN))  # the table may be sure
+        if follows or points_back(text, score):
+            for one in earlier:
+                found = keywords.match(one)
+                if found.category and not continuations.covers(one):
+                    return _by_words(table, found, "continuation")
         if choice.category is None:
             return _decide(table, table.default_category, "default", "no keyword matched")
         return _by_words(table, choice, "keywords")
@@ -708,8 +699,12 @@ class Chooser:
         """The matcher for `table`, built once; two threads may build it at once, to no harm."""
         compiled = self._compiled
         if compiled is None or compiled[0] is not table:
-            lists = {name: category.keywords for name, category in table.categories.items()}
-            compiled = self._compiled = (table, Keywords(lists), Continuations(table.continuations))
+            lists = {name: category.lists for name, category in table.categories.items()}
+            built_in, own = [{name: found[n] for name, found in lists.items()} for n in (0, 1)]
+            follow_ups, more = lists_of(CONTINUATIONS, table.continuations)
+            compiled = self._compiled = (
+                table, Keywords(own, built_in), Continuations([*follow_ups, *more])
+            )  # fmt: skip
         return compiled[1], compiled[2]
 
 
@@ -728,7 +723,7 @@ def _by_tools(chat: Chat, table: Table) -> Decision | None:
 def _by_words(table: Table, choice: Choice, mode: str) -> Decision:
     name = choice.category or table.default_category
     words = tuple((entry, weight) for category, entry, weight in choice.matched if category == name)
-    reason = ", ".join(word for word, _ in words[:8])[:200]  # a header; nginx allows 4 KB for all
+    reason = ", ".join(word for word, _ in words[:8])[:200] or "the learnt table"  # for a header
     return _decide(table, name, mode, reason, margin=choice.margin, words=words)
 
 
@@ -821,24 +816,31 @@ class Upstreams:
         _, at = self._refused.get(upstream.name, ("", -math.inf))
         return self.has_key(upstream) and now - at > REFUSED_S
 
-    def classify(self, url: str, body: bytes, flight: Flight, timeout_s: float) -> bytes:
-        """Ollama's answer as bytes, for the classifier; ClassifierError after `timeout_s`."""
+    def classify(self, question: Question, flight: Flight, timeout_s: float) -> bytes:
+        """The classifier's answer as bytes; ClassifierError after `timeout_s`."""
+        upstream, whom = question.upstream, question.whom
+        key = self.key(upstream) if upstream else ""
+        if upstream and (self._settings.demo or (upstream.api_key_env and not key)):
+            text = f"{whom} has no API key (set {upstream.api_key_env})"
+            raise ClassifierError("no_key", text)
         flight.due = flight.clock() + timeout_s, "classify"
-        base = url.removesuffix("/api/chat")
+        connect_s = min(2.0 if upstream else 0.5, timeout_s)
         try:
-            endpoint = Endpoint(self._session, url, self._settings.environ)
-            with contextlib.closing(endpoint.send([body], flight, min(0.5, timeout_s))) as reply:
+            endpoint = Endpoint(self._session, question.url, self._settings.environ, key)
+            with contextlib.closing(endpoint.send([question.body], flight, connect_s)) as reply:
                 data = read_whole(reply, MAX_ERROR)
+                if reply.status_code != 200 and upstream:
+                    raise refusal(whom, reply.status_code, data, key)
                 if reply.status_code != 200:
-                    model = json.loads(body)["model"]
-                    raise ollama_trouble(base, model, reply.status_code, data)
+                    base = question.url.removesuffix("/api/chat")
+                    raise ollama_trouble(base, question.model, reply.status_code, data)
                 return data
         except Failure as e:
             if e.outcome == "classify":
-                text = f"Ollama at {base} did not answer within {timeout_s:g} s (timeout_sec)"
+                text = f"{whom} did not answer within {timeout_s:g} s (timeout_sec)"
             else:
-                text = f"Ollama at {base} is not reached: {e.message or e.outcome}"
-            if e.outcome == "connect":
+                text = f"{whom} is not reached: {e.message or e.outcome}"
+            if e.outcome == "connect" and not upstream:
                 text += '; start it, or write "routing_mode": "keywords" in routes.json'
             raise ClassifierError(e.outcome, text) from e
         finally:
@@ -1476,7 +1478,8 @@ def create_app(settings: Settings | None = None, *, session: requests.Session | 
     app.after_request(add_headers)
     app.register_error_handler(Exception, error_response)
     log.info("start", {"version": VERSION, "routes": str(settings.routes), "demo": settings.demo})
-    if owner.store.current().mode != "keywords":
+    table = owner.store.current()
+    if table.mode != "keywords" and not table.classifier:  # an upstream's would cost money
         threading.Thread(target=warm_up, args=(owner,), name="warm-up", daemon=True).start()
     return app
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from parts.errors import RoutesError
-from parts.livefile import Store, read_file
+from parts.livefile import Store, read_file, replace_file
 from parts.settings import (
     HERE,
     NAMES,
@@ -24,7 +24,7 @@ from parts.settings import (
     read_dotenv,
     read_secret,
 )  # fmt: skip
-from parts.table import Table, Upstream, load_table
+from parts.table import Table, Upstream, load_table, slim_text
 
 __all__ = ["VERSION", "Settings", "SettingsError", "main", "read_dotenv", "read_secret"]
 
@@ -47,7 +47,7 @@ def main(explain: Explain, argv: list[str] | None = None) -> int:
         if args.command == "check" and args.banner:
             return run_banner()
         if args.command == "check":
-            return run_check(args.file, args.live, args.json)
+            return run_check(args.file, args.live, args.json, args.slim)
         if args.command in ("costs", "requests"):
             return run_history(args)
     except (SettingsError, RoutesError) as e:
@@ -73,6 +73,7 @@ def command_line() -> argparse.ArgumentParser:
     check.add_argument("file", nargs="?", help="default: ROUTER_ROUTES, or routes.json")
     check.add_argument("--banner", action="store_true", help="say where the service will listen")
     check.add_argument("--live", action="store_true", help="ask each upstream what it knows; free")
+    check.add_argument("--slim", action="store_true", help="take the built-in keywords out of it")
     costs = commands.add_parser("costs", help="say what was spent, from the history")
     costs.add_argument("--by", default="day", help="day, category, model, client; some with commas")
     costs.add_argument("--days", type=int, default=30, help="how many, today (UTC) included")
@@ -222,12 +223,17 @@ def run_banner() -> int:
     return 0
 
 
-def run_check(file: str | None, live: bool, as_json: bool) -> int:
-    """Print warnings, with `live` also what each upstream says; errors are raised with a place."""
+def run_check(file: str | None, live: bool, as_json: bool, slim: bool) -> int:
+    """Print warnings, with `live` also what each upstream says; errors are raised with a place.
+
+    `slim`: first write the file without the keywords that are built in since version 0.5.
+    """
     settings, names = read_environment()
     path = Path(file) if file else settings.routes
     try:
         table = load_table(read_file(path))
+        if slim:
+            table = make_slim(path, table)
     except RoutesError as e:
         raise in_file(path, e) from e
     check_proxies(table)
@@ -272,6 +278,22 @@ def run_history(args: argparse.Namespace) -> int:
         return 0
 
 
+def make_slim(path: Path, table: Table) -> Table:
+    """The table after its file was written without what is built in; RoutesError when it cannot."""
+    before, text = table.text.count("\n"), slim_text(table)
+    if text == table.text:
+        say(f"{path}: holds no built-in keywords\n")
+        return table
+    load_table(text)
+    try:
+        if not replace_file(path.resolve(), text, path.resolve(), table.text):
+            raise RoutesError("was changed meanwhile; try again")
+    except OSError as e:
+        raise RoutesError(f"cannot be written: {e.strerror}") from e
+    say(f"{path}: {before} lines before, {text.count(chr(10))} now\n")
+    return load_table(text)
+
+
 def print_banner(settings: Settings, table: Table) -> None:
     """What a person needs to know when the service starts."""
     base = settings.url
@@ -282,9 +304,11 @@ def print_banner(settings: Settings, table: Table) -> None:
         )
     classifier = "keywords only"
     if table.mode != "keywords":
-        ollama = f"{table.ollama['model']} at {table.ollama['base_url']}"
-        order = "keywords, then" if table.mode == "hybrid" else "Ollama,"
-        classifier = f"{table.mode}: {order} {ollama}"
+        model, where = table.ollama["model"], table.ollama["base_url"]
+        if table.classifier:
+            model, where = table.classifier["model"], table.classifier["upstream"]
+        order = "keywords, then" if table.mode == "hybrid" else "first"
+        classifier = f"{table.mode}: {order} {model} at {where}"
     curl = f"curl {base}/v1/chat/completions -H 'Content-Type: application/json' " \
            """-d '{"model":"router","messages":[{"role":"user","content":"Hello"}]}'"""  # fmt: skip
     lines = [

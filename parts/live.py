@@ -37,7 +37,8 @@ def ask_all(settings: Settings, table: Table) -> list[Finding]:
         found = [
             row for u in table.upstreams.values() for row in _upstream(session, settings, table, u)
         ]
-        return found + ([] if table.mode == "keywords" else list(_ollama(session, table)))
+        asked = table.mode != "keywords" and not table.classifier
+        return found + (list(_ollama(session, table)) if asked else [])
 
 
 def _get(session: requests.Session, url: str, key: str = "", method: str = "GET") -> Told:

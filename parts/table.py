@@ -13,7 +13,7 @@ import logging
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -25,6 +25,7 @@ from parts.addresses import read_url
 from parts.errors import Refused, RoutesError, hint, say_schema_error
 from parts.jsontext import FINITE, SMALL, say_json_error, set_member
 from parts.prompts import is_entry
+from parts.vocabulary import CONTINUATIONS, is_old_form, lists_of, slim
 
 HERE = Path(__file__).resolve().parent
 log = logging.getLogger("llm_router")
@@ -41,6 +42,8 @@ DEFAULTS: dict[str, Any] = {
     "clients": {},
     "compare_with": None,
     "history_days": 90,
+    "machine_category": None,
+    "classifier": None,
     "ollama": {"base_url": "http://127.0.0.1:11434", "model": "qwen2.5:0.5b", "timeout_sec": 2},
     "circuit_breaker": {"failure_threshold": 3, "recovery_timeout_sec": 300, "first_retry_sec": 5},
     "timeouts_sec": {"connect": 5, "first_token": 12, "idle": 30, "answer": 120, "total": 300},
@@ -105,6 +108,18 @@ class Category:
     description: str = ""
     whole: bool = False
     timeouts: Mapping[str, float] = field(default_factory=dict)
+    vocabulary: bool = True  # False: the built-in words do not lead here
+
+    @property
+    def lists(self) -> tuple[Sequence[str], Sequence[str]]:
+        """(built-in entries, a person's own) that lead here."""
+        return lists_of(self.name, self.keywords, self.vocabulary)
+
+    @property
+    def built_in(self) -> int:
+        """How many built-in entries lead here, beside the keywords of the file."""
+        entries = self.lists[0]
+        return 0 if entries is self.keywords else len(entries)
 
 
 @dataclass(frozen=True)
@@ -131,6 +146,8 @@ class Table:
     models: Mapping[str, Model]
     categories: Mapping[str, Category]
     shorts: Mapping[str, tuple[str, ...]]
+    machine_category: str  # where an agent's own calls go: titles, heartbeats, compaction
+    classifier: Mapping[str, Any] | None = None  # a model of an upstream instead of Ollama's
     doubts: tuple[tuple[tuple[str, ...], str], ...] = ()  # (categories, sentence)
 
     @cached_property
@@ -180,12 +197,16 @@ class Table:
             "keywords": {name: list(c.keywords) for name, c in categories},
             "model_costs": {id_: dict(m.cost) for id_, m in self.models.items() if m.cost},
             "model_names": {id_: m.name for id_, m in self.models.items() if m.name},
+            "vocabulary": {name: c.built_in for name, c in categories},
             "default_category": self.default_category,
+            "machine_category": self.machine_category,
+            "classifier": dict(self.classifier) if self.classifier else None,
             "tools_routing": self.tools_routing,
             "agent_tool_count": self.agent_tool_count,
             "categories": {
                 name: {"models": [m.id for m in c.models], "description": c.description,
-                       "stream": "whole" if c.whole else "live", "timeouts_sec": dict(c.timeouts)}
+                       "stream": "whole" if c.whole else "live", "timeouts_sec": dict(c.timeouts),
+                       "vocabulary": c.vocabulary}
                 for name, c in categories
             },
             "circuit_breaker": dict(self.breaker),
@@ -236,6 +257,19 @@ class Table:
         if name not in self.categories:
             raise no_such_category(name)
         return set_member(self.text, ("categories", name), None)
+
+
+def slim_text(table: Table) -> str:
+    """The file's text without what is built in, which files up to version 0.4.0 had to hold."""
+    text = table.text
+    lists: list[tuple[tuple[str, ...], str, Sequence[str]]] = [
+        (("categories", name, "keywords"), name, category.keywords)
+        for name, category in table.categories.items()
+    ]
+    for path, name, entries in [*lists, (("continuations",), CONTINUATIONS, table.continuations)]:
+        if is_old_form(name, entries):
+            text = set_member(text, path, slim(name, entries) or None)
+    return text
 
 
 def no_such_category(name: str) -> Refused:
@@ -293,6 +327,8 @@ def _build_table(text: str, raw: Mapping[str, Any]) -> Table:
                        tuple(u.get("speaks", ("chat",))))
         for name, u in raw["upstreams"].items()
     }  # fmt: skip
+    if merged["classifier"]:
+        merged["classifier"] = {"timeout_sec": 3, **merged["classifier"]}
     ollama_url = _base_url("$.ollama", merged["ollama"]["base_url"], OLLAMA_ENDPOINTS)
     merged["ollama"]["base_url"] = ollama_url
     models = {id_: _build_model(id_, m, upstreams) for id_, m in raw.get("models", {}).items()}
@@ -305,7 +341,8 @@ def _build_table(text: str, raw: Mapping[str, Any]) -> Table:
     categories = {
         name: Category(name, tuple(models[id_] for id_ in chains[name]),
                        tuple(c.get("keywords", ())), c.get("description", ""),
-                       c.get("stream") == "whole", c.get("timeouts_sec", {}))
+                       c.get("stream") == "whole", c.get("timeouts_sec", {}),
+                       c.get("vocabulary", True))
         for name, c in raw["categories"].items()
     }  # fmt: skip
     return Table(
@@ -315,6 +352,7 @@ def _build_table(text: str, raw: Mapping[str, Any]) -> Table:
         _compared(merged["compare_with"], models, shorts), merged["history_days"],
         merged["ollama"], merged["circuit_breaker"], merged["timeouts_sec"],
         upstreams, models, categories, shorts,
+        merged["machine_category"] or raw["default_category"], merged["classifier"],
     )  # fmt: skip
 
 
@@ -399,6 +437,12 @@ def _cross_check(table: Table) -> Iterator[str]:
     if table.on_limit not in ("refuse", *table.categories):
         near = hint(table.on_limit, table.categories)
         yield f"$.on_limit: is neither `refuse` nor in $.categories{near}"
+    if table.machine_category not in table.categories:
+        near = hint(table.machine_category, table.categories)
+        yield f"$.machine_category: is not in $.categories{near}"
+    if table.classifier and table.classifier["upstream"] not in table.upstreams:
+        near = hint(table.classifier["upstream"], table.upstreams)
+        yield f"$.classifier.upstream: is not in $.upstreams{near}"
     lists = {f"$.categories.{name}.keywords": c.keywords for name, c in table.categories.items()}
     for place, entries in {"$.continuations": table.continuations, **lists}.items():
         for n, entry in enumerate(entries):
@@ -424,11 +468,14 @@ def _doubts(table: Table, raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, .
         yield (), f"compare_with: {table.compare_with.id} has no price in `models`: nothing is told"
     owners: dict[str, str] = {}
     for name, category in table.categories.items():
-        for word in dict.fromkeys(fold(e.rpartition("^")[0] or e) for e in category.keywords):
+        built_in, own = category.lists
+        muted = {fold(entry[:-2]) for entry in own if entry.endswith("^0")}
+        entries = [fold(e.rpartition("^")[0] or e) for e in (*built_in, *own)]
+        for word in dict.fromkeys(word for word in entries if word not in muted):
             if owners.setdefault(word, name) != name:
                 both = (owners[word], name)
                 yield both, f"keyword {word!r} stands in {both[0]} and in {name}"
-        if not category.keywords and name != table.default_category:
+        if not any(category.lists) and name != table.default_category:
             yield (name,), f"no keyword leads to category {name}"
         for model in category.models:
             if model.id not in raw.get("models", {}):

@@ -22,7 +22,7 @@ PATIENT = {"connect": 2, "first_token": 60, "idle": 60, "answer": 60, "total": 9
 
 def small_routes(url: str, **changes: Any) -> dict[str, Any]:
     """A routes file with two models per chain and limits short enough for tests."""
-    chain = ["acme/one", "acme/two"]
+    own = {"models": ["acme/one", "acme/two"], "vocabulary": False}  # these words and no others
     routes: dict[str, Any] = {
         "routing_mode": "keywords",
         "default_category": "conversation",
@@ -38,10 +38,10 @@ def small_routes(url: str, **changes: Any) -> dict[str, Any]:
             "acme/two": {"cost": {"input": 10.0, "output": 20.0}},
         },
         "categories": {
-            "tools": {"models": chain, "keywords": ["turn on*", "remind me"]},
-            "code": {"models": chain, "keywords": ["python", "refactor*"]},
-            "reasoning": {"models": chain, "keywords": ["prove", "why"]},
-            "conversation": {"models": chain, "keywords": ["hello"]},
+            "tools": {**own, "keywords": ["turn on*", "remind me"]},
+            "code": {**own, "keywords": ["python", "refactor*"]},
+            "reasoning": {**own, "keywords": ["prove", "why"]},
+            "conversation": {**own, "keywords": ["hello"]},
         },
     }
     return {**routes, **changes}

@@ -12,16 +12,15 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import routing
-from conftest import ROOT, LocalClient, settings_for
+from conftest import LocalClient, settings_for
 from helpers import user, wait_until
 from service import small_routes
 from upstream import Upstream, hang, plain, raw, slow
 
 import router as module
-from parts import prompts
+from parts import prompts, vocabulary
 from parts.prompts import Continuations, clean, user_texts
 
-SHIPPED = json.loads((ROOT / "routes.json").read_text())
 CONTEXT = (
     "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>\nnotes: python\n<<<END_OPENCLAW_INTERNAL_CONTEXT>>>"
 )
@@ -177,7 +176,8 @@ def test_any_text_is_put_somewhere_without_an_error(text, shipped_keywords):
 
 @pytest.fixture(scope="module")
 def shipped_keywords():
-    return module.Keywords({n: c["keywords"] for n, c in SHIPPED["categories"].items()})
+    lists = {name: vocabulary.built_in(name) for name in module.BUILT_IN}
+    return module.Keywords(dict.fromkeys(lists, ()), lists)
 
 
 def test_a_text_is_matched_once_however_often_a_tool_loop_asks(monkeypatch):
@@ -200,7 +200,7 @@ def test_the_quick_way_to_words_finds_the_same_words(text):
 
 
 def test_french_words_that_fold_to_english_ones_are_no_single_keywords():
-    entries = [w for c in SHIPPED["categories"].values() for w in c.get("keywords", ())]
+    entries = [entry for name in module.BUILT_IN for entry in vocabulary.built_in(name)]
 
     assert not {"thé", "dés", "roi", "trie"} & {entry.split("^")[0] for entry in entries}
 
@@ -210,7 +210,7 @@ def test_french_words_that_fold_to_english_ones_are_no_single_keywords():
 
 @pytest.mark.parametrize("text", ["ok", "oui", "vas-y", "go on", "et en Python ?", "fix it"])
 def test_a_continuation_keeps_the_category_of_the_turn_before(text, build):
-    client = build(continuations=SHIPPED["continuations"])
+    client = build()
     before = [user("prove that seven is prime"), {"role": "assistant", "content": "x"}]
 
     answer = client.chat(messages=[*before, user(text)])
@@ -390,10 +390,10 @@ def test_ollama_is_asked_as_the_design_says(asking, ollama):
 
 
 def test_ollama_answers_are_remembered_per_table(asking, ollama):
-    asking.chat("the same")
-    asking.chat("the same")
+    asking.chat("alike")
+    asking.chat("alike")
     asking.post("/config/category", {"name": "haiku", "models": ["acme/one"]})
-    asking.chat("the same")
+    asking.chat("alike")
 
     assert len(ollama.requests) == 2
     assert "haiku" in ollama.requests[-1].body["format"]["properties"]["category"]["enum"]
@@ -555,7 +555,7 @@ def test_the_dry_run_names_words_chain_and_who_is_passed_over(client, upstream):
     report = client.post("/route", {"text": "please refactor this"}).json
 
     assert report["category"] == "code"
-    assert report["words"] == [{"word": "refactor*", "weight": 1.0}]
+    assert report["words"] == [{"word": "refactor*", "weight": 3.0}]
     assert [m["model"] for m in report["chain"]] == ["acme/one", "acme/two"]
     assert report["chain"][0] == {
         "model": "acme/one", "circuit": "closed", "retry_in_sec": 0.0, "passed_over": None,

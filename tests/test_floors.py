@@ -8,10 +8,10 @@ import pytest
 from conftest import ROOT
 
 FLOORS = (  # what stands on a floor knows what stands below, and nothing beside it
-    "addresses bootstrap demo errors jsontext logs lru prompts",
+    "addresses bootstrap demo errors jsontext logs lru prompts vocabulary",
     # cluster is asked by livefile and by router.py, and is handed both: neither imports the other
     "chat cluster errortext flights livefile notify settings table worker",
-    "clients exchange history metrics",
+    "classifier clients exchange history metrics",
     "carrier events judge ledger live",
     "command dialects",
     "access relay",

@@ -336,7 +336,7 @@ def test_dry_run_shows_the_words_that_decided(open_page: Any) -> None:
     page.find("#try button").click()
 
     shown = page.wait("answer", "Category code")
-    assert "refactor* 1" in shown
+    assert "refactor* 3" in shown
     assert "1. acme/one circuit closed" in shown
 
 

@@ -868,7 +868,8 @@ class Story:
         try:
             if who == "api":
                 set_words(self.store, name, *keywords)
-                self.wanted[name] = {"models": ["acme/one"], "keywords": keywords}
+                new = {"models": ["acme/one"], "keywords": keywords}
+                self.wanted[name] = {**self.wanted.get(name, {}), **new}
             else:
                 self.store.change(lambda table: table.without_category(name))
                 del self.wanted[name]
