@@ -39,7 +39,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from itertools import chain, islice, pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
@@ -674,10 +674,11 @@ class Chooser:
             return by_tools
         if not text:
             return _decide(table, table.default_category, "default", "no text of the user")
-        return self._by_text(text, chain((before,), texts), table, flight)
+        return self._by_text(text, before, texts, table, flight)
 
-    def _by_text(self, text: str, earlier: Iterable[str], table: Table,
+    def _by_text(self, text: str, before: str, texts: Iterator[str], table: Table,
                  flight: Flight) -> Decision:  # fmt: skip
+        """By `text`; where it carries on with what was said before, by that."""
         keywords, continuations = self._words(table)
         follows = continuations.covers(text)
         choice = keywords.match(text)
@@ -687,9 +688,9 @@ class Chooser:
             return _decide(table, named, "ollama", f"{asked_model(table)} said {named}")
         score = max(choice.score, float(choice.margin >= SURE_MARGIN))  # the table may be sure
         if follows or points_back(text, score):
-            for one in earlier:
-                found = keywords.match(one)
-                if found.category and not continuations.covers(one):
+            for earlier in (before, *texts):
+                found = keywords.match(earlier)
+                if found.category and not continuations.covers(earlier):
                     return _by_words(table, found, "continuation")
         if choice.category is None:
             return _decide(table, table.default_category, "default", "no keyword matched")

@@ -195,3 +195,16 @@ def test_no_text_takes_long_to_strip(text):
     machine_call(clean(text))
 
     assert time.process_time() - began < 0.1
+
+
+def test_a_machines_call_with_few_tools_is_the_machines_still(build, upstream):
+    cheap = {"models": ["acme/two"], "keywords": []}
+    tools = {"models": ["acme/one"], "keywords": []}
+    client = build(categories={"tools": tools, "cheap": cheap}, default_category="tools",
+                   machine_category="cheap")  # fmt: skip
+    text = "Read HEARTBEAT.md if it exists (workspace context). Follow it strictly."
+    offered = [{"type": "function", "function": {"name": "f"}}]
+
+    answer = client.chat(text, tools=offered)
+
+    assert answer.headers["X-Router-Category"] == "cheap"
