@@ -137,7 +137,7 @@ def test_a_log_that_nobody_reads_holds_no_thread(tmp_path, upstream):
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDWR)
     try:
-        with Service(tmp_path, small_routes(upstream.url), ROUTER_THREADS="12") as service:
+        with Service(tmp_path, small_routes(upstream.url), ROUTER_THREADS="24") as service:
             fill(reader)
             with ThreadPoolExecutor(4) as clients:
                 answers = list(clients.map(lambda _: service.chat().status_code, range(40)))

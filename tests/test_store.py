@@ -766,7 +766,8 @@ def test_fifty_kills_during_writes_corrupt_nothing_and_lose_nothing(path):
         child = fork.Process(target=count_up, args=(stored + 1, theirs))
         child.start()
         theirs.close()
-        child.join(rng.uniform(0.005, 0.045))
+        assert ours.poll(20)  # the first is written, however slow the machine
+        child.join(rng.uniform(0.0, 0.02))
         child.kill()
         child.join(10)
         last = stored
@@ -777,7 +778,7 @@ def test_fifty_kills_during_writes_corrupt_nothing_and_lose_nothing(path):
         stored = int(on_disk(path).get("counter", {"keywords": [-1]})["keywords"][0])
         assert stored in (last, last + 1)  # written, but killed before it could say so
 
-    assert stored >= 5  # that many came through, however slow the machine
+    assert stored >= 49
     set_words(Store(path, load_table), "counter", "end")
     assert sorted(os.listdir(path.parent)) == TIDY
 
