@@ -60,6 +60,22 @@ def again(routes: Path, **env: str) -> LocalClient:
 # --- rows ----------------------------------------------------------------------------------------
 
 
+def test_rows_that_are_written_while_they_are_asked_for_stand_once(client, file, monkeypatch):
+    ask = history._asked
+
+    def late(*args: Any) -> Any:
+        written(client, file, 3)
+        return ask(*args)
+
+    for _ in range(3):
+        client.chat()
+    monkeypatch.setattr(history, "_asked", late)
+
+    rows = client.get("/usage/requests").json["requests"]
+
+    assert len({row["id"] for row in rows}) == len(rows) == 3
+
+
 def test_a_request_leaves_a_row_that_says_what_its_headers_said(client, file):
     answer = client.chat("please refactor this python")
 

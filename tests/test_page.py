@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from formats import FORMATS
 from helpers import wait_until
 from service import ROOT, Service, free_port, small_routes
 from upstream import Upstream, error, hang, slow, whole
@@ -166,6 +167,19 @@ def test_rejected_request_does_not_read_like_a_failed_model(
     assert re.search(r"rejected\s+status 422", newest)
     assert "No model was asked: something in it does not fit" in newest
     assert not re.search(r"none|unknown|failed|\$", newest)
+
+
+def test_another_format_than_chat_is_named(
+    chromium: Any, serve: Callable[..., Service], upstream: Upstream
+) -> None:
+    local = {"base_url": upstream.url, "api_key_env": "TEST_API_KEY", "speaks": ["messages"]}
+    service, form = serve(upstreams={"local": local}), FORMATS["messages"]
+    upstream.default = form.good()
+    service.post(form.path, form.ask())
+
+    page = Page(chromium, service.base)
+
+    page.wait("requests", "as Messages")
 
 
 def test_latency_line_has_a_scale(open_page: Any, service: Service) -> None:
