@@ -14,6 +14,7 @@ from helpers import user
 
 import router as module
 from parts import vocabulary
+from parts.dialects import CHAT
 from parts.table import load_table
 
 SHIPPED = json.loads((ROOT / "routes.json").read_text())
@@ -39,7 +40,7 @@ def old_form(**changed: list[str]) -> dict:
 def decide(raw: dict, text: str) -> module.Decision:
     table = load_table(json.dumps({**raw, "routing_mode": "keywords"}))
     chooser = module.Chooser(module.Classifier(lambda *_: b""))
-    chat = module.Chat(b"", {"model": "router", "messages": [user(text)]}, ())
+    chat = module.Chat(b"", {"model": "router", "messages": [user(text)]}, (), CHAT)
     return chooser.choose(chat, table, module.Flight(None, time.monotonic))
 
 
