@@ -14,6 +14,7 @@ Who owns which state, each object with one private lock:
     Breakers     one circuit per model
     Classifier   the cache of recent answers of the Ollama model
     Flights      what is in the air: permits, sockets, deadlines           (flights.py)
+    Turns        which model has a turn or a conversation                  (turns.py)
     Carrier      the streams that one thread passes on                     (carrier.py)
     Metrics      counters and the ring of recent requests                  (metrics.py)
 
@@ -78,7 +79,6 @@ from parts.judge import (
 )
 from parts.livefile import Store
 from parts.logs import log_rejections, log_to_stderr, now_text
-from parts.lru import Lru
 from parts.metrics import Attempt, Gauges, Metrics, Record, as_prometheus, breaker_figures
 from parts.prompts import (
     HEAD,
@@ -95,6 +95,7 @@ from parts.prompts import (
 from parts.relay import Relay
 from parts.settings import VERSION, Settings, SettingsError
 from parts.table import BUILT_IN, Model, Table, Upstream, load_table
+from parts.turns import NO_TURN, Turn, Turns, session_of
 
 if TYPE_CHECKING:
     from parts.cluster import CircuitState, Cluster
@@ -868,7 +869,7 @@ class Call(Record):
     chat: Chat = NO_CHAT
     decision: Decision | None = None
     whole: bool = False  # held until complete, even if the client asked for a stream
-    continues: str = ""  # what the upstream keeps that this goes on with
+    turn: Turn = NO_TURN
     retried: bool = False
     ticket: Ticket | None = None
     relay: Relay | None = None
@@ -909,7 +910,7 @@ class Router:
         self.upstreams = Upstreams(settings, session)
         self.metrics = Metrics(clock)
         self.classifier = Classifier(self.upstreams.classify, clock)
-        self.made = Lru(10_000)  # id of a response or conversation -> the model that made it
+        self.turns = Turns(clock)
         self.chooser = Chooser(self.classifier)
         self.rejections = log_rejections(settings.validation_log)
         self._tidied: Table | None = None
@@ -929,18 +930,15 @@ class Router:
         return Call(secrets.token_hex(8), dialect=dialect.name, is_counted=dialect.is_counted,
                     flight=flight, table=table, started=now)  # fmt: skip
 
-    def choose(self, call: Call, chat: Chat) -> Decision:
+    def choose(self, call: Call, chat: Chat, session: str = "") -> Decision:
         """Decide where `chat` goes; the dry run asks the same."""
         before = self.clock()
         call.chat, call.stream = chat, chat.stream
         call.flight.due = NEVER
-        decision = call.decision = self.chooser.choose(chat, call.table, call.flight)
-        call.continues = chat.dialect.continues(chat.body)
-        made_by = self.made.get(call.continues) if call.continues else None
-        if made_by and made_by in call.table.models:  # nobody else knows what came before
-            first = call.table.models[made_by]
-            others = (model for model in decision.chain if model != first)
-            decision = call.decision = decision._replace(chain=(first, *others))
+        decision: Decision = self.chooser.choose(chat, call.table, call.flight)
+        call.turn = self.turns.find(chat, session)
+        decision = self.turns.keep(call.turn, decision, call.table, _decide, SURE_MARGIN)
+        call.decision = decision
         call.category, call.mode, call.reason = decision[:3]
         call.whole = decision.whole
         call.deadline = call.started + decision.timeouts["total"]
@@ -1027,8 +1025,8 @@ class Router:
         now = self.clock()
         attempt.outcome, attempt.status, attempt.seconds = "success", 200, now - began
         call.relay, call.answered_by = relay, attempt
-        for id_ in filter(None, (relay.answer.id, call.continues)):
-            self.made.put(id_, model.id)
+        if call.is_counted:
+            self.turns.note(call.turn, decision, model.id, relay.answer.id)
         self.upstreams.note(model.upstream, "success", now)
         self.breakers.commit(ticket, call.table.breaker["failure_threshold"])
         call.first_token_s = now - call.started if call.stream else None
@@ -1291,7 +1289,7 @@ def proxy(owner: Router, request: flask.Request) -> ChatResponse:
     owner.flights.acquire(call.flight)
     chat = read_chat(read_body(request), dialect)
     chat.headers, chat.query = passed_on(dialect, environ)
-    decision = owner.choose(call, chat)
+    decision = owner.choose(call, chat, session_of(environ))
     call.whole = call.whole or environ.get("HTTP_X_ROUTER_STREAM", "").lower() == "whole"
     relay = owner.walk(call, decision)
     body: Iterable[bytes] = relay.held
@@ -1321,7 +1319,7 @@ def dry_run() -> dict[str, Any]:
             chat.body = {**chat.body, "messages": [{"role": "user", "content": chat.body["text"]}]}
         chat.dialect = dialect_of(chat.body)
         chat.note_wishes()
-        return explain(router(), call, chat)
+        return explain(router(), call, chat, session_of(flask.request.environ))
 
 
 @contextlib.contextmanager
@@ -1335,9 +1333,9 @@ def watched_upload(owner: Router, *, counted: bool = True) -> Iterator[Call]:
         owner.flights.release(call.flight)
 
 
-def explain(owner: Router, call: Call, chat: Chat) -> dict[str, Any]:
+def explain(owner: Router, call: Call, chat: Chat, session: str = "") -> dict[str, Any]:
     """The decision with the words that made it, and who of the chain would be passed over."""
-    decision, circuits = owner.choose(call, chat), owner.breakers.snapshot()
+    decision, circuits = owner.choose(call, chat, session), owner.breakers.snapshot()
     able = [model.id for model in decision.chain if not owner.passed_over(chat, model)]
     early, chain = owner.breakers.due_soonest(able), []
     for model in decision.chain:

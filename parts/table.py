@@ -36,6 +36,8 @@ DEFAULTS: dict[str, Any] = {
     "agent_tool_count": 8,
     "continuations": [],
     "daily_limit_usd": None,
+    "sticky": "turn",
+    "sticky_sec": 300,
     "ollama": {"base_url": "http://127.0.0.1:11434", "model": "qwen2.5:0.5b", "timeout_sec": 2},
     "circuit_breaker": {"failure_threshold": 3, "recovery_timeout_sec": 300, "first_retry_sec": 5},
     "timeouts_sec": {"connect": 5, "first_token": 12, "idle": 30, "answer": 120, "total": 300},
@@ -108,6 +110,8 @@ class Table:
     categories: Mapping[str, Category]
     shorts: Mapping[str, tuple[str, ...]]
     doubts: tuple[tuple[tuple[str, ...], str], ...] = ()  # (categories, sentence)
+    sticky: str = "turn"  # what stays with its model: a turn, a conversation too, or neither: off
+    sticky_sec: float = 300  # how long a conversation stays: its provider's cache is warm
 
     @cached_property
     def etag(self) -> str:
@@ -167,6 +171,8 @@ class Table:
             "circuit_breaker": dict(self.breaker),
             "timeouts_sec": dict(self.timeouts),
             "daily_limit_usd": self.daily_limit_usd,
+            "sticky": self.sticky,
+            "sticky_sec": self.sticky_sec,
             "upstreams": {
                 u.name: {"base_url": u.base_url, "api_key_env": u.api_key_env,
                          "usage_in_streams": u.usage_in_streams, "speaks": list(u.speaks)}
@@ -284,6 +290,7 @@ def _build_table(text: str, raw: Mapping[str, Any]) -> Table:
         merged["agent_tool_count"], tuple(merged["continuations"]), merged["daily_limit_usd"],
         merged["ollama"], merged["circuit_breaker"], merged["timeouts_sec"],
         upstreams, models, categories, shorts,
+        sticky=merged["sticky"], sticky_sec=merged["sticky_sec"],
     )  # fmt: skip
 
 
