@@ -657,7 +657,7 @@ class Chooser:
 
     def choose(self, chat: Chat, table: Table, flight: Flight) -> Decision:
         """The decision for one request; 404 for an unknown category, 422 for an unclear model."""
-        wanted = chat.body.get("model", "")  # some clients put what they call us before each name
+        wanted = table.meant(chat.body.get("model", ""))  # some clients put our name before each
         name = re.sub(r"\A(?:router/)+", "", wanted)
         if name in table.categories:
             return _decide(table, name, "explicit", "asked for by name")
@@ -776,13 +776,14 @@ class Upstreams:
             base = "demo://upstream" if self._settings.demo else model.upstream.base_url
             try:
                 endpoint = Endpoint(self._session, base + chat.dialect.endpoint,
-                                    self._settings.environ, self.key(model.upstream))  # fmt: skip
+                                    self._settings.environ, self.key(model.upstream),
+                                    dict(model.upstream.headers))  # fmt: skip
             except SettingsError as e:  # a proxy, met by an upstream that an edit brought
                 raise Failure("shortage", str(e)) from e
             self._endpoints[where] = endpoint
         usage = "ask" if model.upstream.usage_in_streams else "leave"
         usage = "drop" if model.upstream in self._refuses_usage else usage
-        body = chat.for_model(model.called, usage)
+        body = chat.for_model(model, usage)
         reply = endpoint.send(body, flight, connect_s, chat.query, chat.headers)
         if reply.status_code != 200 or "content-encoding" in reply.headers:
             try:
@@ -940,6 +941,7 @@ class Router:
         decision = self.turns.keep(call.turn, decision, call.table, _decide, SURE_MARGIN)
         call.decision = decision
         call.category, call.mode, call.reason = decision[:3]
+        chat.category = call.table.categories.get(call.category)
         call.whole = decision.whole
         call.deadline = call.started + decision.timeouts["total"]
         call.choose_s = self.clock() - before

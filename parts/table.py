@@ -15,6 +15,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,21 @@ import jsonschema
 
 from parts.addresses import read_url
 from parts.errors import Refused, RoutesError, hint, say_schema_error
-from parts.jsontext import FINITE, SMALL, say_json_error, set_member
+from parts.jsontext import (
+    FINITE,
+    SMALL,
+    place_of,
+    say_json_error,
+    scan_object,
+    set_member,
+    written,
+)
 from parts.prompts import is_entry
 
 HERE = Path(__file__).resolve().parent
 log = logging.getLogger("llm_router")
 
+OTHER_DIALECTS = ("messages", "responses")  # whose params stand in an object of their own
 BUILT_IN = ("tools", "code", "reasoning", "conversation")
 DEFAULTS: dict[str, Any] = {
     "routing_mode": "hybrid",
@@ -44,6 +54,10 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+# Of a body of each dialect: member -> its value as JSON text, as it stands in the file.
+Params = Mapping[str, Mapping[str, str]]
+
+
 @dataclass(frozen=True)
 class Upstream:
     """Where models are reached: an OpenAI-compatible base URL and the name of its key."""
@@ -53,6 +67,7 @@ class Upstream:
     api_key_env: str | None = None
     usage_in_streams: bool = True  # it may be asked for the usage of a stream
     speaks: tuple[str, ...] = ("chat",)  # of the dialects
+    headers: tuple[tuple[str, str], ...] = ()  # sent with each request
 
 
 @dataclass(frozen=True)
@@ -67,6 +82,8 @@ class Model:
     images: bool = True
     timeouts: Mapping[str, float] = field(default_factory=dict)
     name: str = ""  # what its upstream calls it, where that is not the id
+    params: Params = field(default_factory=dict)  # set in bodies where the client sent none
+    params_force: Params = field(default_factory=dict)  # set whatever it sent
 
     @property
     def called(self) -> str:
@@ -89,6 +106,8 @@ class Category:
     description: str = ""
     whole: bool = False
     timeouts: Mapping[str, float] = field(default_factory=dict)
+    params: Params = field(default_factory=dict)
+    params_force: Params = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -112,6 +131,7 @@ class Table:
     doubts: tuple[tuple[tuple[str, ...], str], ...] = ()  # (categories, sentence)
     sticky: str = "turn"  # what stays with its model: a turn, a conversation too, or neither: off
     sticky_sec: float = 300  # how long a conversation stays: its provider's cache is warm
+    aliases: Mapping[str, str] = field(default_factory=dict)  # pattern -> what is meant
 
     @cached_property
     def etag(self) -> str:
@@ -127,6 +147,13 @@ class Table:
                 422, "ambiguous_model", f"{name} could be any of {names}: use the full name"
             )
         return found[0] if found else None
+
+    def meant(self, name: str) -> str:
+        """What a client's `model` stands for by `aliases`; a full id stands for itself."""
+        if not self.aliases or name in self.models:
+            return name
+        fits = (to for alias, to in self.aliases.items() if fnmatchcase(name, alias))
+        return next(fits, name)
 
     def twins(self, model: Model) -> tuple[Model, ...]:
         """`model`, and behind it the same one at other upstreams, by its name there."""
@@ -148,7 +175,8 @@ class Table:
     def names(self) -> list[str]:
         """What `model` may be: `router`, `router/<category>` and every model of a chain."""
         chains = [id_ for id_ in self.models if id_ in self.chain_ids]
-        return ["router", *(f"router/{name}" for name in self.categories), *chains]
+        aliases = [alias for alias in self.aliases if "*" not in alias and alias not in chains]
+        return ["router", *(f"router/{name}" for name in self.categories), *chains, *aliases]
 
     def as_json(self) -> dict[str, Any]:
         """The reference's keys for GET /config and the rest of the table; it holds no keys."""
@@ -160,12 +188,17 @@ class Table:
             "keywords": {name: list(c.keywords) for name, c in categories},
             "model_costs": {id_: dict(m.cost) for id_, m in self.models.items() if m.cost},
             "model_names": {id_: m.name for id_, m in self.models.items() if m.name},
+            "model_params": {
+                id_: told for id_, m in self.models.items() if (told := params_json(m))
+            },
             "default_category": self.default_category,
+            "aliases": dict(self.aliases),
             "tools_routing": self.tools_routing,
             "agent_tool_count": self.agent_tool_count,
             "categories": {
                 name: {"models": [m.id for m in c.models], "description": c.description,
-                       "stream": "whole" if c.whole else "live", "timeouts_sec": dict(c.timeouts)}
+                       "stream": "whole" if c.whole else "live", "timeouts_sec": dict(c.timeouts),
+                       **params_json(c)}
                 for name, c in categories
             },
             "circuit_breaker": dict(self.breaker),
@@ -175,7 +208,8 @@ class Table:
             "sticky_sec": self.sticky_sec,
             "upstreams": {
                 u.name: {"base_url": u.base_url, "api_key_env": u.api_key_env,
-                         "usage_in_streams": u.usage_in_streams, "speaks": list(u.speaks)}
+                         "usage_in_streams": u.usage_in_streams, "speaks": list(u.speaks),
+                         "headers": dict(u.headers)}
                 for u in self.upstreams.values()
             },
             "warnings": list(self.warnings),
@@ -213,6 +247,17 @@ class Table:
         if name not in self.categories:
             raise no_such_category(name)
         return set_member(self.text, ("categories", name), None)
+
+
+def params_json(holder: Model | Category) -> dict[str, Any]:
+    """What it sets in bodies, for GET /config, in the form of the file."""
+    told = {}
+    for key in ("params", "params_force"):
+        found: Params = getattr(holder, key)
+        values = {name: {k: json.loads(v) for k, v in of.items()} for name, of in found.items()}
+        if values:
+            told[key] = {**values.pop("chat", {}), **values}
+    return told
 
 
 def no_such_category(name: str) -> Refused:
@@ -267,12 +312,15 @@ def _build_table(text: str, raw: Mapping[str, Any]) -> Table:
     upstreams = {
         name: Upstream(name, _base_url(f"$.upstreams.{name}", u["base_url"], ENDPOINTS),
                        u.get("api_key_env"), u.get("usage_in_streams", True),
-                       tuple(u.get("speaks", ("chat",))))
+                       tuple(u.get("speaks", ("chat",))), tuple(u.get("headers", {}).items()))
         for name, u in raw["upstreams"].items()
     }  # fmt: skip
     ollama_url = _base_url("$.ollama", merged["ollama"]["base_url"], OLLAMA_ENDPOINTS)
     merged["ollama"]["base_url"] = ollama_url
-    models = {id_: _build_model(id_, m, upstreams) for id_, m in raw.get("models", {}).items()}
+    models = {
+        id_: replace(_build_model(id_, m, upstreams), **_params(text, m, "models", id_))
+        for id_, m in raw.get("models", {}).items()
+    }
     chains = dict(_full_ids(raw))
     for id_ in (id_ for ids in chains.values() for id_ in ids):
         models.setdefault(id_, _build_model(id_, {}, upstreams))
@@ -282,7 +330,8 @@ def _build_table(text: str, raw: Mapping[str, Any]) -> Table:
     categories = {
         name: Category(name, tuple(models[id_] for id_ in chains[name]),
                        tuple(c.get("keywords", ())), c.get("description", ""),
-                       c.get("stream") == "whole", c.get("timeouts_sec", {}))
+                       c.get("stream") == "whole", c.get("timeouts_sec", {}),
+                       **_params(text, c, "categories", name))
         for name, c in raw["categories"].items()
     }  # fmt: skip
     return Table(
@@ -290,8 +339,19 @@ def _build_table(text: str, raw: Mapping[str, Any]) -> Table:
         merged["agent_tool_count"], tuple(merged["continuations"]), merged["daily_limit_usd"],
         merged["ollama"], merged["circuit_breaker"], merged["timeouts_sec"],
         upstreams, models, categories, shorts,
-        sticky=merged["sticky"], sticky_sec=merged["sticky_sec"],
+        sticky=merged["sticky"], sticky_sec=merged["sticky_sec"], aliases=raw.get("aliases", {}),
     )  # fmt: skip
+
+
+def _params(text: str, raw: Mapping[str, Any], *path: str) -> dict[str, Any]:
+    """`params` and `params_force` at `path`, by dialect, each value as it is written there."""
+    found: dict[str, Any] = {}
+    for key in (key for key in ("params", "params_force") if key in raw):
+        at = place_of(text, (*path, key))
+        others = {m.key: m.value for m in scan_object(text, at)[1] if m.key in OTHER_DIALECTS}
+        chat = {k: v for k, v in written(text, at).items() if k not in others}
+        found[key] = {"chat": chat, **{k: written(text, at) for k, at in others.items()}}
+    return found
 
 
 # What the router appends to a base URL itself, or what stands where its paths begin.
@@ -360,6 +420,8 @@ def _cross_check(table: Table) -> Iterator[str]:
             for i, n in Counter(ids).items()
             if n > 1
         )
+    yield from _check_headers(table)
+    yield from _check_aliases(table)
     if table.breaker["first_retry_sec"] > table.breaker["recovery_timeout_sec"]:
         yield "$.circuit_breaker.first_retry_sec: should not be above recovery_timeout_sec"
 
@@ -391,6 +453,37 @@ def _doubts_about_urls(raw: Mapping[str, Any]) -> Iterator[str]:
     url, ending = read_url(raw.get("ollama", {}).get("base_url", "http://ollama"), OLLAMA_ENDPOINTS)
     if ending:
         yield f"ollama: the router appends its path itself; asked is {url}/api/chat"
+
+
+# What says how bodies are framed, or is a key; those come from the environment.
+OWN_HEADERS = ("host", "content-length", "content-type", "content-encoding", "transfer-encoding",
+               "connection", "keep-alive", "te", "trailer", "upgrade", "expect", "accept",
+               "accept-encoding")  # fmt: skip
+KEY_HEADERS = ("authorization", "proxy-authorization", "x-api-key", "api-key", "x-goog-api-key",
+               "cookie")  # fmt: skip
+
+
+def _check_headers(table: Table) -> Iterator[str]:
+    for upstream in table.upstreams.values():
+        for name, _ in upstream.headers:
+            place = f"$.upstreams.{upstream.name}.headers.{name}"
+            if name.lower() in KEY_HEADERS:
+                yield f"{place}: no key stands in this file: name its variable as api_key_env"
+            elif name.lower() in OWN_HEADERS:
+                yield f"{place}: is set by the router itself"
+
+
+def _check_aliases(table: Table) -> Iterator[str]:
+    known = table.names() + list(table.models)
+    for alias, meant in table.aliases.items():
+        try:
+            found = meant in known or table.resolve(meant)
+        except Refused as e:
+            yield f"$.aliases['{alias}']: {e}"
+            continue
+        if not found or (meant in table.aliases and meant not in table.models):
+            near = hint(meant, known)
+            yield f"$.aliases['{alias}']: is no model and no router/<category> of this file{near}"
 
 
 def fold(text: str) -> str:
