@@ -957,6 +957,7 @@ class Router:
         call, and `finish` settles it.
         """
         self._check_budget(call.table)
+        self.turns.check_loop(call.turn, call.table.same_call_limit, call.id)
         queue = self._usable(call, decision)
         early = self.breakers.due_soonest([model.id for model in queue])
         failures: list[Failure] = []

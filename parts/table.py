@@ -48,6 +48,7 @@ DEFAULTS: dict[str, Any] = {
     "daily_limit_usd": None,
     "sticky": "turn",
     "sticky_sec": 300,
+    "same_call_limit": None,
     "ollama": {"base_url": "http://127.0.0.1:11434", "model": "qwen2.5:0.5b", "timeout_sec": 2},
     "circuit_breaker": {"failure_threshold": 3, "recovery_timeout_sec": 300, "first_retry_sec": 5},
     "timeouts_sec": {"connect": 5, "first_token": 12, "idle": 30, "answer": 120, "total": 300},
@@ -131,6 +132,7 @@ class Table:
     doubts: tuple[tuple[tuple[str, ...], str], ...] = ()  # (categories, sentence)
     sticky: str = "turn"  # what stays with its model: a turn, a conversation too, or neither: off
     sticky_sec: float = 300  # how long a conversation stays: its provider's cache is warm
+    same_call_limit: int | None = None  # equal calls of a tool in a row that are refused
     aliases: Mapping[str, str] = field(default_factory=dict)  # pattern -> what is meant
 
     @cached_property
@@ -206,6 +208,7 @@ class Table:
             "daily_limit_usd": self.daily_limit_usd,
             "sticky": self.sticky,
             "sticky_sec": self.sticky_sec,
+            "same_call_limit": self.same_call_limit,
             "upstreams": {
                 u.name: {"base_url": u.base_url, "api_key_env": u.api_key_env,
                          "usage_in_streams": u.usage_in_streams, "speaks": list(u.speaks),
@@ -340,6 +343,7 @@ def _build_table(text: str, raw: Mapping[str, Any]) -> Table:
         merged["ollama"], merged["circuit_breaker"], merged["timeouts_sec"],
         upstreams, models, categories, shorts,
         sticky=merged["sticky"], sticky_sec=merged["sticky_sec"], aliases=raw.get("aliases", {}),
+        same_call_limit=merged["same_call_limit"],
     )  # fmt: skip
 
 

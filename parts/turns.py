@@ -12,14 +12,20 @@ no text. All of it is in memory and bounded.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from parts.errors import RouterError, scrub
+from parts.loops import repeats
 from parts.lru import Lru
 
+log = logging.getLogger("llm_router")
+
 MOST = 10_000  # turns, conversations and made responses that are remembered, each
+LOOP = 10  # equal calls in a row, from which on the log and the page say so
 # Decisions that a conversation may overrule: the others are what somebody asked for.
 BY_TEXT = ("keywords", "ollama", "continuation", "default", "sticky")
 # Claude Code's (a subagent has the second, too), Codex', and one for anybody.
@@ -36,6 +42,8 @@ class Turn:
     is_step: bool = False  # an answer or a tool's result stands behind the person's last text
     goes_on: bool = False  # something was answered in it before
     continues: str = ""  # the id of what the upstream keeps that this goes on with
+    repeats: int = 0  # how many calls of a tool at its end are the same, with the same result
+    tool: str = ""  # which
 
 
 NO_TURN = Turn()
@@ -58,6 +66,7 @@ class Turns:
         self._made = Lru(MOST)  # id of a response or conversation -> the model that made it
         self._turns = Lru(MOST)  # Turn.key -> Kept
         self._conversations = Lru(MOST)  # Turn.conversation -> Kept
+        self._told = Lru(MOST)  # conversations whose loop was logged
 
     def find(self, chat: Any, session: str = "", client: str = "") -> Turn:
         """Where `chat` stands; `client` names who asks, `session` is of its headers."""
@@ -66,14 +75,15 @@ class Turns:
         places = reversed(range(len(turns)))
         found = ((n, text) for n in places if (text := said_in(dialect, turns[n])))
         last, said = next(found, (-1, ""))
+        count, tool = repeats(turns[last + 1 :])
         if last < 0:
-            return Turn(continues=continues)
+            return Turn(continues=continues, repeats=count, tool=tool)
         first = next(text for turn in turns if (text := said_in(dialect, turn)))
         behind = any(map(is_answer, turns[last + 1 :]))
         return Turn(
             self._hash("turn", client, session or first, said),
             self._hash("conversation", client, session, first),
-            behind, behind or any(map(is_answer, turns[:last])), continues,
+            behind, behind or any(map(is_answer, turns[:last])), continues, count, tool,
         )  # fmt: skip
 
     def _hash(self, *parts: str) -> bytes:
@@ -88,6 +98,13 @@ class Turns:
         With `"sticky": "conversation"` the category is kept, too, by `decide(table, name, mode,
         reason)`, unless the new text is of another by a margin of at least `sure`.
         """
+        decision = self._stay(turn, decision, table, decide, sure)
+        if turn.repeats >= LOOP:
+            decision = with_reason(decision, f"the same call {turn.repeats} times")
+        return decision
+
+    def _stay(self, turn: Turn, decision: Any, table: Any, decide: Callable[..., Any],
+              sure: float) -> Any:  # fmt: skip
         made_by = table.models.get(self._made.get(turn.continues)) if turn.continues else None
         if made_by:  # nobody else knows what came before
             return decision._replace(chain=first_of(made_by, decision.chain))
@@ -104,8 +121,8 @@ class Turns:
         model = next((model for model in decision.chain if model.id == kept.model), None)
         if model is None or model is decision.chain[0]:
             return decision
-        reason = ", ".join(filter(None, (decision.reason, f"stays with {model.id}")))
-        return decision._replace(chain=first_of(model, decision.chain), reason=reason)
+        decision = decision._replace(chain=first_of(model, decision.chain))
+        return with_reason(decision, f"stays with {model.id}")
 
     def _kept(self, turn: Turn, table: Any) -> Kept | None:
         if table.sticky == "off" or not turn.key:
@@ -116,6 +133,20 @@ class Turns:
             if kept and self._clock() - kept.at > table.sticky_sec:  # the provider's cache is cold
                 return None
         return kept
+
+    def check_loop(self, turn: Turn, limit: int | None, id_: str) -> None:
+        """Log a loop, once a conversation; RouterError 422 from `limit` equal calls on.
+
+        `id_` is the request's.
+        """
+        if turn.repeats >= min(LOOP, limit or LOOP) and not self._told.get(turn.conversation):
+            self._told.put(turn.conversation, True)
+            log.warning("same_call_repeated", {"id": id_, "times": turn.repeats})
+        if limit and turn.repeats >= limit:
+            text = f"the agent goes round in circles: its last {turn.repeats} calls of " \
+                   f"{scrub(turn.tool)[:64]!r} had the same arguments and the same result " \
+                   "(same_call_limit); tell it what to do instead"  # fmt: skip
+            raise RouterError(422, "loop_detected", text, headers={"x-should-retry": "false"})
 
     def note(self, turn: Turn, decision: Any, model: str, made: str) -> None:
         """`model` has begun the answer, which the upstream calls `made` if it keeps it."""
@@ -141,6 +172,11 @@ def is_answer(turn: Any) -> bool:
     if not isinstance(turn, dict):
         return False
     return turn.get("role") in ("assistant", "tool", "function", None)
+
+
+def with_reason(decision: Any, more: str) -> Any:
+    """`decision` with `more` behind its reason."""
+    return decision._replace(reason=", ".join(filter(None, (decision.reason, more))))
 
 
 def first_of(model: Any, chain: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 FLOORS = (  # what stands on a floor knows what stands below, and nothing beside it
-    "addresses bootstrap demo errors jsontext logs lru prompts",
+    "addresses bootstrap demo errors jsontext logs loops lru prompts",
     # cluster is asked by livefile and by router.py, and is handed both: neither imports the other
     "chat cluster errortext flights livefile settings table turns worker",
     "exchange metrics",
