@@ -6,7 +6,7 @@ The path of a request, which is also the order of this file, top to bottom:
            (chat completions, Messages, Responses and embeddings alike: see parts/dialects.py)
            -> Chooser.choose (category, mode, reason) -> the category's fallback chain
            -> walk: for each model Breakers.admit -> Upstreams.open -> check_head -> Relay
-           -> ChatResponse (whole or stream) -> finish: exactly one Metrics.record
+           -> ChatResponse (whole, or stream: keepalive.py) -> finish: exactly one Metrics.record
 
 Who owns which state, each object with one private lock:
 
@@ -77,6 +77,7 @@ from parts.judge import (
     sentence,
     still_worth_trying,
 )
+from parts.keepalive import Walk
 from parts.livefile import Store
 from parts.logs import log_rejections, log_to_stderr, now_text
 from parts.metrics import Attempt, Gauges, Metrics, Record, as_prometheus, breaker_figures
@@ -1294,21 +1295,22 @@ def proxy(owner: Router, request: flask.Request) -> ChatResponse:
     chat.headers, chat.query = passed_on(dialect, environ)
     decision = owner.choose(call, chat, session_of(environ))
     call.whole = call.whole or environ.get("HTTP_X_ROUTER_STREAM", "").lower() == "whole"
-    relay = owner.walk(call, decision)
-    body: Iterable[bytes] = relay.held
+    walk = Walk(partial(owner.walk, call, decision), call)
+    body: Iterable[bytes] = walk.relay.held if walk.relay else ()
     if call.stream:
         more = {"Content-Type": EVENTS, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         protocol = environ.get("SERVER_PROTOCOL")  # of others only the server knows the framing
         client = call.flight.client if protocol in ("HTTP/1.0", "HTTP/1.1") else None
-        body = relay.pass_on(owner.carrier, client, chunked=protocol == "HTTP/1.1")
+        body = walk.pass_on(owner.carrier, client, chunked=protocol == "HTTP/1.1")
     else:
         if call.answered_by:
-            call.answered_by.price(relay.usage)
-        more = {"Content-Type": "application/json", "Content-Length": str(len(relay.held[0]))}
+            call.answered_by.price(walk.relay.usage)
+        more = {"Content-Type": "application/json", "Content-Length": str(len(walk.relay.held[0]))}
     if "HTTP_ORIGIN" in environ:
         more |= cors_headers(request, owner.settings)
     more |= {"X-Router-Demo": "1"} if owner.settings.demo else {}
-    return ChatResponse(body, ALWAYS | call.headers() | more, partial(owner.finish, call))
+    close = partial(walk.close, partial(owner.finish, call))
+    return ChatResponse(body, ALWAYS | walk.known(call.headers()) | more, close)
 
 
 @routes.post("/route")

@@ -109,6 +109,7 @@ class Category:
     timeouts: Mapping[str, float] = field(default_factory=dict)
     params: Params = field(default_factory=dict)
     params_force: Params = field(default_factory=dict)
+    keepalive_s: float | None = None  # a stream that nobody began by then says that it is alive
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,7 @@ class Table:
             "categories": {
                 name: {"models": [m.id for m in c.models], "description": c.description,
                        "stream": "whole" if c.whole else "live", "timeouts_sec": dict(c.timeouts),
+                       "keepalive_sec": c.keepalive_s,
                        **params_json(c)}
                 for name, c in categories
             },
@@ -334,7 +336,7 @@ def _build_table(text: str, raw: Mapping[str, Any]) -> Table:
         name: Category(name, tuple(models[id_] for id_ in chains[name]),
                        tuple(c.get("keywords", ())), c.get("description", ""),
                        c.get("stream") == "whole", c.get("timeouts_sec", {}),
-                       **_params(text, c, "categories", name))
+                       **_params(text, c, "categories", name), keepalive_s=c.get("keepalive_sec"))
         for name, c in raw["categories"].items()
     }  # fmt: skip
     return Table(

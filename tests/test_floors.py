@@ -15,6 +15,7 @@ FLOORS = (  # what stands on a floor knows what stands below, and nothing beside
     "carrier events judge live",
     "command dialects",
     "access relay",
+    "keepalive",
 )
 FLOOR = {name: n for n, names in enumerate(FLOORS) for name in names.split()}
 PARTS = sorted(path.stem for path in ROOT.glob("parts/*.py") if path.stem != "__init__")
