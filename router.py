@@ -93,6 +93,7 @@ from parts.prompts import (
     signals_of,
     tokens_of,
 )  # fmt: skip
+from parts.quotas import Quotas
 from parts.relay import Relay
 from parts.settings import VERSION, Settings, SettingsError
 from parts.table import BUILT_IN, Model, Table, Upstream, load_table
@@ -913,6 +914,7 @@ class Router:
         self.metrics = Metrics(clock)
         self.classifier = Classifier(self.upstreams.classify, clock)
         self.turns = Turns(clock)
+        self.quotas = Quotas(clock)
         self.chooser = Chooser(self.classifier)
         self.rejections = log_rejections(settings.validation_log)
         self._tidied: Table | None = None
@@ -1025,6 +1027,7 @@ class Router:
                 strike = "strike" if VERDICTS[e.outcome].strike else "none"
                 self.breakers.settle(ticket, strike, call.table.breaker, e.outcome, e.status,
                                      e.retry_after_s)  # fmt: skip
+                self.quotas.refused(model, e, call.table, self.breakers)
                 raise
         now = self.clock()
         attempt.outcome, attempt.status, attempt.seconds = "success", 200, now - began

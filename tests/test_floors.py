@@ -11,7 +11,7 @@ FLOORS = (  # what stands on a floor knows what stands below, and nothing beside
     "addresses bootstrap demo errors jsontext logs loops lru prompts",
     # cluster is asked by livefile and by router.py, and is handed both: neither imports the other
     "chat cluster errortext flights livefile settings table turns worker",
-    "exchange metrics",
+    "exchange metrics quotas",
     "carrier events judge live",
     "command dialects",
     "access relay",
