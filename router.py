@@ -6,7 +6,7 @@ The path of a request, which is also the order of this file, top to bottom:
            (chat completions, Messages, Responses and embeddings alike: see parts/dialects.py)
            -> Chooser.choose (category, mode, reason) -> the category's fallback chain
            -> walk: for each model Breakers.admit -> Upstreams.open -> check_head -> Relay
-           -> ChatResponse (whole or stream) -> finish: exactly one Metrics.record
+           -> ChatResponse (whole, or stream: keepalive.py) -> finish: exactly one Metrics.record
 
 Who owns which state, each object with one private lock:
 
@@ -14,6 +14,7 @@ Who owns which state, each object with one private lock:
     Breakers     one circuit per model
     Classifier   the cache of recent answers of the Ollama model
     Flights      what is in the air: permits, sockets, deadlines           (flights.py)
+    Turns        which model has a turn or a conversation                  (turns.py)
     Carrier      the streams that one thread passes on                     (carrier.py)
     Metrics      counters and the ring of recent requests                  (metrics.py)
     History      requests and spending, which outlast the process          (history.py)
@@ -90,9 +91,9 @@ from parts.judge import (
     sentence,
     still_worth_trying,
 )
+from parts.keepalive import Walk
 from parts.livefile import Store
 from parts.logs import log_rejections, log_to_stderr, now_text
-from parts.lru import Lru
 from parts.metrics import Attempt, Metrics, Record
 from parts.notify import Notifier
 from parts.prompts import (
@@ -107,9 +108,11 @@ from parts.prompts import (
     read,
     without_lone_name,
 )  # fmt: skip
+from parts.quotas import Quotas
 from parts.relay import Relay
 from parts.settings import VERSION, Settings, SettingsError
 from parts.table import BUILT_IN, Model, Table, Upstream, load_table
+from parts.turns import NO_TURN, Turn, Turns, session_of
 from parts.views import shown
 from parts.vocabulary import CONTINUATIONS, OWN, Learnt, Opinion, learnt, lists_of, mixed
 
@@ -642,7 +645,7 @@ class Chooser:
 
     def choose(self, chat: Chat, table: Table, flight: Flight) -> Decision:
         """The decision for one request; 404 for an unknown category, 422 for an unclear model."""
-        wanted = chat.body.get("model", "")  # some clients put what they call us before each name
+        wanted = table.meant(chat.body.get("model", ""))  # some clients put our name before each
         name = re.sub(r"\A(?:router/)+", "", wanted)
         if name in table.categories:
             return _decide(table, name, "explicit", "asked for by name")
@@ -777,13 +780,14 @@ class Upstreams:
             base = "demo://upstream" if self._settings.demo else model.upstream.base_url
             try:
                 endpoint = Endpoint(self._session, base + chat.dialect.endpoint,
-                                    self._settings.environ, self.key(model.upstream))  # fmt: skip
+                                    self._settings.environ, self.key(model.upstream),
+                                    dict(model.upstream.headers))  # fmt: skip
             except SettingsError as e:  # a proxy, met by an upstream that an edit brought
                 raise Failure("shortage", str(e)) from e
             self._endpoints[where] = endpoint
         usage = "ask" if model.upstream.usage_in_streams else "leave"
         usage = "drop" if model.upstream in self._refuses_usage else usage
-        body = chat.for_model(model.called, usage)
+        body = chat.for_model(model, usage)
         reply = endpoint.send(body, flight, connect_s, chat.query, chat.headers)
         if reply.status_code != 200 or "content-encoding" in reply.headers:
             try:
@@ -879,7 +883,7 @@ class Call(Record):
     chat: Chat = NO_CHAT
     decision: Decision | None = None
     whole: bool = False  # held until complete, even if the client asked for a stream
-    continues: str = ""  # what the upstream keeps that this goes on with
+    turn: Turn = NO_TURN
     retried: bool = False
     ticket: Ticket | None = None
     relay: Relay | None = None
@@ -923,7 +927,8 @@ class Router:
         own = settings.api_key, settings.admin_token
         self.clients = Clients(settings.clients_file, own, clock)
         self.classifier = Classifier(self.upstreams.classify, clock)
-        self.made = Lru(10_000)  # id of a response or conversation -> the model that made it
+        self.turns = Turns(clock)
+        self.quotas = Quotas(clock)
         self.chooser = Chooser(self.classifier)
         self.rejections = log_rejections(settings.validation_log)
         self._tidied: Table | None = None
@@ -943,23 +948,20 @@ class Router:
         return Call(secrets.token_hex(8), dialect=dialect.name, is_counted=dialect.is_counted,
                     flight=flight, table=table, started=now)  # fmt: skip
 
-    def choose(self, call: Call, chat: Chat) -> Decision:
+    def choose(self, call: Call, chat: Chat, session: str = "") -> Decision:
         """Decide where `chat` goes; the dry run asks the same."""
         before = self.clock()
         call.chat, call.stream = chat, chat.stream
         call.flight.due = NEVER
-        decision = self.chooser.choose(chat, call.table, call.flight)
+        decision: Decision = self.chooser.choose(chat, call.table, call.flight)
+        call.turn = self.turns.find(chat, session, call.client)
+        decision = self.turns.keep(call.turn, decision, call.table, _decide, SURE_MARGIN)
         if other := self.history.way_out(call.table, decision.category, call.client):
             reason = f"a limit is spent; else {decision.category} by {decision.mode}"
             decision = _decide(call.table, other, "limit", reason)
-        call.continues = chat.dialect.continues(chat.body)
-        made_by = self.made.get(call.continues) if call.continues else None
-        if made_by and made_by in call.table.models:  # nobody else knows what came before
-            first = call.table.models[made_by]
-            others = (model for model in decision.chain if model != first)
-            decision = decision._replace(chain=(first, *others))
         call.decision = decision
         call.category, call.mode, call.reason = decision[:3]
+        chat.category = call.table.categories.get(call.category)
         call.whole = decision.whole
         call.deadline = call.started + decision.timeouts["total"]
         call.choose_s = self.clock() - before
@@ -975,6 +977,7 @@ class Router:
         call, and `finish` settles it.
         """
         self.history.refuse_spent(call.table, decision.category, call.client)
+        self.turns.check_loop(call.turn, call.table.same_call_limit, call.id)
         queue = self._usable(call, decision)
         early = self.breakers.due_soonest([model.id for model in queue])
         failures: list[Failure] = []
@@ -1041,12 +1044,13 @@ class Router:
                 strike = "strike" if VERDICTS[e.outcome].strike else "none"
                 self.breakers.settle(ticket, strike, call.table.breaker, e.outcome, e.status,
                                      e.retry_after_s)  # fmt: skip
+                self.quotas.refused(model, e, call.table, self.breakers)
                 raise
         now = self.clock()
         attempt.outcome, attempt.status, attempt.seconds = "success", 200, now - began
         call.relay, call.answered_by = relay, attempt
-        for id_ in filter(None, (relay.answer.id, call.continues)):
-            self.made.put(id_, model.id)
+        if call.is_counted:
+            self.turns.note(call.turn, decision, model.id, relay.answer.id)
         self.upstreams.note(model.upstream, "success", now)
         self.breakers.commit(ticket, call.table.breaker["failure_threshold"])
         call.first_token_s = now - call.started if call.stream else None
@@ -1303,23 +1307,24 @@ def proxy(owner: Router, request: flask.Request) -> ChatResponse:
     owner.flights.acquire(call.flight)
     chat = read_chat(read_body(request), dialect)
     chat.headers, chat.query = passed_on(dialect, environ)
-    decision = owner.choose(call, chat)
+    decision = owner.choose(call, chat, session_of(environ))
     call.whole = call.whole or environ.get("HTTP_X_ROUTER_STREAM", "").lower() == "whole"
-    relay = owner.walk(call, decision)
-    body: Iterable[bytes] = relay.held
+    walk = Walk(partial(owner.walk, call, decision), call)
+    body: Iterable[bytes] = walk.relay.held if walk.relay else ()
     if call.stream:
         more = {"Content-Type": EVENTS, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         protocol = environ.get("SERVER_PROTOCOL")  # of others only the server knows the framing
         client = call.flight.client if protocol in ("HTTP/1.0", "HTTP/1.1") else None
-        body = relay.pass_on(owner.carrier, client, chunked=protocol == "HTTP/1.1")
+        body = walk.pass_on(owner.carrier, client, chunked=protocol == "HTTP/1.1")
     else:
         if call.answered_by:
-            call.answered_by.price(relay.usage)
-        more = {"Content-Type": "application/json", "Content-Length": str(len(relay.held[0]))}
+            call.answered_by.price(walk.relay.usage)
+        more = {"Content-Type": "application/json", "Content-Length": str(len(walk.relay.held[0]))}
     if "HTTP_ORIGIN" in environ:
         more |= cors_headers(request, owner.settings)
     more |= {"X-Router-Demo": "1"} if owner.settings.demo else {}
-    return ChatResponse(body, ALWAYS | call.headers() | more, partial(owner.finish, call))
+    close = partial(walk.close, partial(owner.finish, call))
+    return ChatResponse(body, ALWAYS | walk.known(call.headers()) | more, close)
 
 
 @routes.post("/route")
@@ -1333,7 +1338,7 @@ def dry_run() -> dict[str, Any]:
             chat.body = {**chat.body, "messages": [{"role": "user", "content": chat.body["text"]}]}
         chat.dialect = dialect_of(chat.body)
         chat.note_wishes()
-        return explain(router(), call, chat)
+        return explain(router(), call, chat, session_of(flask.request.environ))
 
 
 @contextlib.contextmanager
@@ -1347,9 +1352,9 @@ def watched_upload(owner: Router, *, counted: bool = True) -> Iterator[Call]:
         owner.flights.release(call.flight)
 
 
-def explain(owner: Router, call: Call, chat: Chat) -> dict[str, Any]:
+def explain(owner: Router, call: Call, chat: Chat, session: str = "") -> dict[str, Any]:
     """The decision with the words that made it, and who of the chain would be passed over."""
-    decision, circuits = owner.choose(call, chat), owner.breakers.snapshot()
+    decision, circuits = owner.choose(call, chat, session), owner.breakers.snapshot()
     able = [model.id for model in decision.chain if not owner.passed_over(chat, model)]
     early, chain = owner.breakers.due_soonest(able), []
     for model in decision.chain:

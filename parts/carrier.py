@@ -129,16 +129,19 @@ class Carrier:
         if stream.error:
             raise stream.error
 
-    def through(self, stream: Carried, ours: socket.socket) -> Iterator[bytes]:
+    def through(self, stream: Carried, ours: socket.socket, sign: bytes = b"",
+                every_s: float = 0.0) -> Iterator[bytes]:  # fmt: skip
         """What `stream` writes to its sink, which is the other end of `ours`; raises as `carry`.
 
+        After each `every_s` seconds of silence, a `sign`: what is written is whole events.
         Whoever closes this generator early ends the stream.
         """
         stream.is_pair = True
         with without_waiting(stream.source):
             self._hand_over(stream)
+            ours.settimeout(every_s or None)
             try:
-                while data := ours.recv(READ_SIZE):
+                while data := received(ours, sign):
                     yield data
             finally:
                 with contextlib.suppress(OSError):
@@ -210,6 +213,14 @@ class Carrier:
                 with contextlib.suppress(OSError):
                     stream.sink.shutdown(socket.SHUT_WR)
             stream.over.set()
+
+
+def received(sock: socket.socket, sign: bytes) -> bytes:
+    """What has come, b"" at the end, or `sign` when nothing came in time."""
+    try:
+        return sock.recv(READ_SIZE)
+    except TimeoutError:
+        return sign
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from codecs import BOM_UTF8
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import flask
 
 HERE = Path(__file__).resolve().parent
+MOST_MEMBERS = 100  # of a body whose places are kept; real ones have 30
 MOST_VALUES = 100_000  # a validator takes up to 50 µs for each
 
 
@@ -46,6 +47,7 @@ class Chat:
     query: str = ""  # of the request, where it is passed on
     headers: Mapping[str, str] = field(default_factory=dict)  # the same
     choices: int = 1  # how many answers it wants
+    category: Any = None  # table.Category that it was put into
 
     @cached_property
     def wants_usage(self) -> bool:
@@ -108,19 +110,22 @@ class Chat:
         text = re.sub(r'"data:[^"]{200,}"|"[\w+/=-]{1000,}"', "", self.data.decode())  # no text
         return len(re.sub(r"\\u[0-9a-fA-F]{4}", "x", text)) > 8 * context
 
-    def for_model(self, model_id: str, usage: str = "ask") -> list[bytes | memoryview]:
-        """The body for one upstream call: `model` replaced, and `usage` of a stream asked for.
+    def for_model(self, model: Any, usage: str = "ask") -> list[bytes | memoryview]:
+        """The body for one upstream call: `model` replaced, `params` set, a stream's usage asked.
 
-        `leave`: the upstream tells it unasked, or nobody may ask; `drop`: it refuses the very
-        member `stream_options`. In pieces, most of them still those of `data`: a copy would double
-        what a request holds.
+        `model` is table.Model; `params` of routes.json are its own and those of the category.
+
+        `usage` is `leave` where the upstream tells it unasked, or nobody may ask, and `drop` where
+        it refuses the very member `stream_options`. In pieces, most of them still those of `data`:
+        a copy would double what a request holds.
         """
-        edits = {"model": json.dumps(model_id)}
+        present = {m.key for m in self.members} | self.body.keys()
+        edits = {**self._params(model, present), "model": json.dumps(model.called)}
         if self.stream and usage == "ask" and self.dialect.adds_usage and not self.wants_usage:
             options = {**(self.body.get("stream_options") or {}), "include_usage": True}
             edits["stream_options"] = json.dumps(options)
         data, done = memoryview(self.data), self.members[0].start
-        new = [f'"{key}": {value}, ' for key, value in edits.items() if key not in self.body]
+        new = [f'"{key}": {value}, ' for key, value in edits.items() if key not in present]
         out: list[bytes | memoryview] = [data[:done], "".join(new).encode()]
         for member in self.members:
             if member.key == "stream_options" and usage == "drop":
@@ -132,6 +137,19 @@ class Chat:
                 done = member.end
         return [*out, data[done:]]
 
+    def _params(self, model: Any, present: Set[str]) -> dict[str, str]:
+        """Members that routes.json sets, as JSON text; what the category says outdoes the model."""
+        edits: dict[str, str] = {}
+        for holder in filter(None, (model, self.category)):
+            for member, value in holder.params.get(self.dialect.name, {}).items():
+                if member not in present and SAME.get(member) not in present:
+                    edits[member] = value
+        for holder in filter(None, (model, self.category)):
+            for member, value in holder.params_force.get(self.dialect.name, {}).items():
+                other = SAME.get(member, "")
+                edits[other if other in present and member not in present else member] = value
+        return edits
+
     def _with_comma(self, member: Member) -> tuple[int, int]:
         """From where to where a member stands with the comma behind it, else the one before it."""
         behind = re.compile(rb"[ \t\r\n]*,[ \t\r\n]*").match(self.data, member.end)
@@ -141,6 +159,7 @@ class Chat:
         return len(before) - before.endswith(b","), member.end
 
 
+SAME = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
 PICTURES = ("image_url", "input_image", "image", "file", "input_file", "document")
 
 
@@ -203,14 +222,25 @@ def read_chat(data: bytes, dialect: Any) -> Chat:
 def chat_of(data: bytes, text: str, body: dict[str, Any], members: list[Member],
             dialect: Any) -> Chat:  # fmt: skip
     """A request that was parsed, with the places of what `for_model` may replace, in bytes."""
-    others = [m for m in members[1:] if m.key in ("model", "stream_options")]
-    members = [*members[:1], *others]
+    usual = members[1:MOST_MEMBERS]
+    usual += [m for m in members[MOST_MEMBERS:] if m.key in ("model", "stream_options")]
+    members = [*members[:1], *usual]
     if not text.isascii():
-        members = [
-            Member(m.key, *(len(text[:at].encode()) for at in (m.start, m.value, m.end)))
-            for m in members
-        ]
+        members = in_bytes(text, members)
     return Chat(data, body, members, dialect, dialect.streams and bool(body.get("stream")))
+
+
+def in_bytes(text: str, members: Sequence[Member]) -> list[Member]:
+    """`members`, in order, as they stand in the UTF-8 of `text`."""
+    at = size = 0
+    out = []
+    for member in members:
+        places = []
+        for place in member[1:]:
+            size, at = size + len(text[at:place].encode()), place
+            places.append(size)
+        out.append(Member(member.key, *places))
+    return out
 
 
 def is_parts(value: Any) -> bool:

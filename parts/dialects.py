@@ -507,6 +507,11 @@ class Dialect:
     is_counted = True  # in the figures
     needs_choosing = True  # a category may be chosen by what was said
     adds_usage = True  # `stream_options` may be set
+    # Sent while nothing else can be: no client shows it. OpenClaw's timer passes comments over.
+    sign = (
+        b'data: {"object":"chat.completion.chunk",'
+        b'"choices":[{"index":0,"delta":{},"finish_reason":null}]}\n\n'
+    )
 
     @property
     def speaks(self) -> str:
@@ -549,6 +554,10 @@ class Dialect:
         """
         return e.status, e.body()
 
+    def failed(self, e: RouterError, id_: str) -> bytes:
+        """The event that tells it in a stream that holds nothing but signs of life."""
+        return b"data: %b\n\n" % json.dumps(e.body()).encode()
+
 
 MESSAGES_TYPES = {
     401: "authentication_error", 402: "billing_error",
@@ -571,6 +580,7 @@ class Messages(Dialect):
     schema = "MessagesRequest"
     answer: type[Answer] = MessagesAnswer
     passed_headers = ("anthropic-version", "anthropic-beta")
+    sign = event_of("ping")
     adds_usage = False
 
     def texts(self, body: Mapping[str, Any]) -> Iterator[str]:
@@ -617,6 +627,10 @@ class Messages(Dialect):
         body = {"type": "error", "error": {**e.error, "type": told}, "request_id": id_}
         return status, body | ({} if e.detail is None else {"detail": e.detail})
 
+    def failed(self, e: RouterError, id_: str) -> bytes:
+        """In Anthropic's envelope."""
+        return event_of("error", error=self.told(e, id_, True, 0)[1]["error"], request_id=id_)
+
 
 class CountTokens(Messages):
     """The count of a message's tokens, which walks the chain like a message."""
@@ -653,6 +667,7 @@ class Responses(Dialect):
     schema = "ResponsesRequest"
     answer = ResponsesAnswer
     adds_usage = False
+    sign = b": keepalive\n\n"
 
     def turns(self, body: Mapping[str, Any]) -> list[Any]:
         """The items of `input`; a text is the person's."""
@@ -706,6 +721,14 @@ class Responses(Dialect):
         if status == 404 and e.error["code"] not in ("model_not_found", "not_found"):
             status = 400
         return status, e.body()
+
+    def failed(self, e: RouterError, id_: str) -> bytes:
+        """Codex asks six times after a `server_error`, and shows our words of a bad prompt."""
+        final = (e.status < 500 and e.status != 429) or e.headers.get("x-should-retry") == "false"
+        code = "invalid_prompt" if final else "server_error"
+        error = {"code": code, "message": e.error["message"]}
+        told = {"object": "response", "status": "failed", "error": error, "output": []}
+        return event_of("response.failed", sequence_number=0, response=told)
 
 
 class Embeddings(Dialect):

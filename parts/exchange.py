@@ -559,9 +559,8 @@ NO_HEADERS: Mapping[str, str] = {}
 class Endpoint:
     """One URL to post JSON to, prepared once: adapter, headers, proxy, certificates."""
 
-    def __init__(
-        self, session: requests.Session, url: str, environ: Mapping[str, str], key: str = ""
-    ):
+    def __init__(self, session: requests.Session, url: str, environ: Mapping[str, str],
+                 key: str = "", more: Mapping[str, str] = NO_HEADERS):  # fmt: skip
         self.url = requests.utils.requote_uri(url)
         self.key = key
         self.adapter = session.get_adapter(url)
@@ -578,6 +577,8 @@ class Endpoint:
         }
         if key:
             self.headers["Authorization"] = f"Bearer {key}"
+        others = {name.title() for name in more}
+        self.headers = {k: v for k, v in self.headers.items() if k not in others} | dict(more)
 
     def send(self, body: Pieces, flight: Flight, connect_s: float, query: str = "",
              headers: Mapping[str, str] = NO_HEADERS) -> Reply:  # fmt: skip

@@ -534,7 +534,9 @@ class History:
                   if model in ("", row.model) and outcome in ("", row.outcome)]  # fmt: skip
         found = [{"seq": None, **row._asdict()} for row in wanted[:most]]
         if self._path and len(found) < most:
-            written = _asked(self._path, lambda db: last_rows(db, most, model, outcome, before), [])
+            written: list[dict[str, Any]] = _asked(
+                self._path, lambda db: last_rows(db, most, model, outcome, before), []
+            )
             mine = {row.id for row in waiting}  # some may have been written meanwhile
             found += [row for row in written if row["id"] not in mine]
         return found[:most]

@@ -124,11 +124,22 @@ def decoder_for(data: bytes) -> Any:
     return CAREFUL if some and b"0" * 309 in data.translate(_DIGITS) else DECODER
 
 
+def place_of(text: str, path: tuple[str, ...]) -> int:
+    """Where the value at `path` begins, which has to be there."""
+    at = 0
+    for key in path:
+        at = next(m.value for m in scan_object(text, at)[1] if m.key == key)
+    return at
+
+
+def written(text: str, at: int) -> dict[str, str]:
+    """The members of the object at `at`, each value as it is written."""
+    return {m.key: text[m.value : m.end] for m in scan_object(text, at)[1]}
+
+
 def set_member(text: str, path: tuple[str, ...], value: Any) -> str:
     """`text` with the member at `path` set (or dropped: None); all other bytes as they were."""
-    at = 0
-    for key in path[:-1]:
-        at = next(m.value for m in scan_object(text, at)[1] if m.key == key)
+    at = place_of(text, path[:-1])
     _, members, end = scan_object(text, at)
     depth, key = len(path), path[-1]
     found = next((n for n, m in enumerate(members) if m.key == key), None)

@@ -52,6 +52,7 @@ class Relay:
         self.failure: Failure | None = None  # what broke it after the commit
         self.ended = False  # it was passed on to its end, good or bad
         self.held: list[bytes] = []
+        self.sign, self.every_s = b"", 0.0  # of life, so often, where that is wanted
         self.reply, self.answer, self._flight, self._model = reply, answer, flight, model
         self._stream, self._whole = stream, whole
         self._idle_s, self._client_s, self._deadline = idle_s, client_s, deadline
@@ -174,12 +175,12 @@ class Relay:
             yield self._receive(b"", ended=True)[0]
             return
         self._more_came()
-        if client is not None and type(client) is socket.socket:
+        if client is not None and type(client) is socket.socket and not self.sign:
             carrier.carry(self._carried(client, chunked))
             return
         ours, sink = socket.socketpair()
         with contextlib.closing(ours):
-            yield from carrier.through(self._carried(sink, False), ours)
+            yield from carrier.through(self._carried(sink, False), ours, self.sign, self.every_s)
 
     def _carried(self, sink: socket.socket, chunked: bool) -> Carried:
         same = partial(self._same, chunked)

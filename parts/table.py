@@ -15,6 +15,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,22 @@ import jsonschema
 
 from parts.addresses import read_url
 from parts.errors import Refused, RoutesError, hint, say_schema_error
-from parts.jsontext import FINITE, SMALL, say_json_error, set_member
+from parts.jsontext import (
+    FINITE,
+    SMALL,
+    place_of,
+    say_json_error,
+    scan_object,
+    set_member,
+    written,
+)
 from parts.prompts import is_entry
 from parts.vocabulary import CONTINUATIONS, is_old_form, lists_of, slim
 
 HERE = Path(__file__).resolve().parent
 log = logging.getLogger("llm_router")
 
+OTHER_DIALECTS = ("messages", "responses")  # whose params stand in an object of their own
 BUILT_IN = ("tools", "code", "reasoning", "conversation")
 DEFAULTS: dict[str, Any] = {
     "routing_mode": "hybrid",
@@ -44,10 +54,17 @@ DEFAULTS: dict[str, Any] = {
     "history_days": 90,
     "machine_category": None,
     "classifier": None,
+    "sticky": "turn",
+    "sticky_sec": 300,
+    "same_call_limit": None,
     "ollama": {"base_url": "http://127.0.0.1:11434", "model": "qwen2.5:0.5b", "timeout_sec": 2},
     "circuit_breaker": {"failure_threshold": 3, "recovery_timeout_sec": 300, "first_retry_sec": 5},
     "timeouts_sec": {"connect": 5, "first_token": 12, "idle": 30, "answer": 120, "total": 300},
 }
+
+
+# Of a body of each dialect: member -> its value as JSON text, as it stands in the file.
+Params = Mapping[str, Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -59,6 +76,7 @@ class Upstream:
     api_key_env: str | None = None
     usage_in_streams: bool = True  # it may be asked for the usage of a stream
     speaks: tuple[str, ...] = ("chat",)  # of the dialects
+    headers: tuple[tuple[str, str], ...] = ()  # sent with each request
 
 
 @dataclass(frozen=True)
@@ -73,6 +91,8 @@ class Model:
     images: bool = True
     timeouts: Mapping[str, float] = field(default_factory=dict)
     name: str = ""  # what its upstream calls it, where that is not the id
+    params: Params = field(default_factory=dict)  # set in bodies where the client sent none
+    params_force: Params = field(default_factory=dict)  # set whatever it sent
 
     @property
     def called(self) -> str:
@@ -121,6 +141,10 @@ class Category:
         entries = self.lists[0]
         return 0 if entries is self.keywords else len(entries)
 
+    params: Params = field(default_factory=dict)
+    params_force: Params = field(default_factory=dict)
+    keepalive_s: float | None = None  # a stream that nobody began by then says that it is alive
+
 
 @dataclass(frozen=True)
 class Table:
@@ -149,6 +173,10 @@ class Table:
     machine_category: str  # where an agent's own calls go: titles, heartbeats, compaction
     classifier: Mapping[str, Any] | None = None  # a model of an upstream instead of Ollama's
     doubts: tuple[tuple[tuple[str, ...], str], ...] = ()  # (categories, sentence)
+    sticky: str = "turn"  # what stays with its model: a turn, a conversation too, or neither: off
+    sticky_sec: float = 300  # how long a conversation stays: its provider's cache is warm
+    same_call_limit: int | None = None  # equal calls of a tool in a row that are refused
+    aliases: Mapping[str, str] = field(default_factory=dict)  # pattern -> what is meant
 
     @cached_property
     def etag(self) -> str:
@@ -164,6 +192,13 @@ class Table:
                 422, "ambiguous_model", f"{name} could be any of {names}: use the full name"
             )
         return found[0] if found else None
+
+    def meant(self, name: str) -> str:
+        """What a client's `model` stands for by `aliases`; a full id stands for itself."""
+        if not self.aliases or name in self.models:
+            return name
+        fits = (to for alias, to in self.aliases.items() if fnmatchcase(name, alias))
+        return next(fits, name)
 
     def twins(self, model: Model) -> tuple[Model, ...]:
         """`model`, and behind it the same one at other upstreams, by its name there."""
@@ -185,7 +220,8 @@ class Table:
     def names(self) -> list[str]:
         """What `model` may be: `router`, `router/<category>` and every model of a chain."""
         chains = [id_ for id_ in self.models if id_ in self.chain_ids]
-        return ["router", *(f"router/{name}" for name in self.categories), *chains]
+        aliases = [alias for alias in self.aliases if "*" not in alias and alias not in chains]
+        return ["router", *(f"router/{name}" for name in self.categories), *chains, *aliases]
 
     def as_json(self) -> dict[str, Any]:
         """The reference's keys for GET /config and the rest of the table; it holds no keys."""
@@ -198,15 +234,21 @@ class Table:
             "model_costs": {id_: dict(m.cost) for id_, m in self.models.items() if m.cost},
             "model_names": {id_: m.name for id_, m in self.models.items() if m.name},
             "vocabulary": {name: c.built_in for name, c in categories},
-            "default_category": self.default_category,
             "machine_category": self.machine_category,
             "classifier": dict(self.classifier) if self.classifier else None,
+            "model_params": {
+                id_: told for id_, m in self.models.items() if (told := params_json(m))
+            },
+            "default_category": self.default_category,
+            "aliases": dict(self.aliases),
             "tools_routing": self.tools_routing,
             "agent_tool_count": self.agent_tool_count,
             "categories": {
                 name: {"models": [m.id for m in c.models], "description": c.description,
                        "stream": "whole" if c.whole else "live", "timeouts_sec": dict(c.timeouts),
-                       "vocabulary": c.vocabulary}
+                       "vocabulary": c.vocabulary,
+                       "keepalive_sec": c.keepalive_s,
+                       **params_json(c)}
                 for name, c in categories
             },
             "circuit_breaker": dict(self.breaker),
@@ -217,9 +259,13 @@ class Table:
             "limits": [vars(limit) for group in self.limits.values() for limit in group],
             "compare_with": self.compare_with.id if self.compare_with else None,
             "history_days": self.history_days,
+            "sticky": self.sticky,
+            "sticky_sec": self.sticky_sec,
+            "same_call_limit": self.same_call_limit,
             "upstreams": {
                 u.name: {"base_url": u.base_url, "api_key_env": u.api_key_env,
-                         "usage_in_streams": u.usage_in_streams, "speaks": list(u.speaks)}
+                         "usage_in_streams": u.usage_in_streams, "speaks": list(u.speaks),
+                         "headers": dict(u.headers)}
                 for u in self.upstreams.values()
             },
             "warnings": list(self.warnings),
@@ -270,6 +316,17 @@ def slim_text(table: Table) -> str:
         if is_old_form(name, entries):
             text = set_member(text, path, slim(name, entries) or None)
     return text
+
+
+def params_json(holder: Model | Category) -> dict[str, Any]:
+    """What it sets in bodies, for GET /config, in the form of the file."""
+    told = {}
+    for key in ("params", "params_force"):
+        found: Params = getattr(holder, key)
+        values = {name: {k: json.loads(v) for k, v in of.items()} for name, of in found.items()}
+        if values:
+            told[key] = {**values.pop("chat", {}), **values}
+    return told
 
 
 def no_such_category(name: str) -> Refused:
@@ -324,14 +381,17 @@ def _build_table(text: str, raw: Mapping[str, Any]) -> Table:
     upstreams = {
         name: Upstream(name, _base_url(f"$.upstreams.{name}", u["base_url"], ENDPOINTS),
                        u.get("api_key_env"), u.get("usage_in_streams", True),
-                       tuple(u.get("speaks", ("chat",))))
+                       tuple(u.get("speaks", ("chat",))), tuple(u.get("headers", {}).items()))
         for name, u in raw["upstreams"].items()
     }  # fmt: skip
     if merged["classifier"]:
         merged["classifier"] = {"timeout_sec": 3, **merged["classifier"]}
     ollama_url = _base_url("$.ollama", merged["ollama"]["base_url"], OLLAMA_ENDPOINTS)
     merged["ollama"]["base_url"] = ollama_url
-    models = {id_: _build_model(id_, m, upstreams) for id_, m in raw.get("models", {}).items()}
+    models = {
+        id_: replace(_build_model(id_, m, upstreams), **_params(text, m, "models", id_))
+        for id_, m in raw.get("models", {}).items()
+    }
     chains = dict(_full_ids(raw))
     for id_ in (id_ for ids in chains.values() for id_ in ids):
         models.setdefault(id_, _build_model(id_, {}, upstreams))
@@ -342,7 +402,8 @@ def _build_table(text: str, raw: Mapping[str, Any]) -> Table:
         name: Category(name, tuple(models[id_] for id_ in chains[name]),
                        tuple(c.get("keywords", ())), c.get("description", ""),
                        c.get("stream") == "whole", c.get("timeouts_sec", {}),
-                       c.get("vocabulary", True))
+                       c.get("vocabulary", True),
+                       **_params(text, c, "categories", name), keepalive_s=c.get("keepalive_sec"))
         for name, c in raw["categories"].items()
     }  # fmt: skip
     return Table(
@@ -353,6 +414,8 @@ def _build_table(text: str, raw: Mapping[str, Any]) -> Table:
         merged["ollama"], merged["circuit_breaker"], merged["timeouts_sec"],
         upstreams, models, categories, shorts,
         merged["machine_category"] or raw["default_category"], merged["classifier"],
+        sticky=merged["sticky"], sticky_sec=merged["sticky_sec"], aliases=raw.get("aliases", {}),
+        same_call_limit=merged["same_call_limit"],
     )  # fmt: skip
 
 
@@ -380,6 +443,17 @@ def _compared(name: str | None, models: Mapping[str, Model],
         why = f"could be any of {', '.join(found)}" if found else "is not in $.models"
         raise RoutesError(f"$.compare_with: {why}{'' if found else hint(name, models)}")
     return models[str(found[0])] if found else None
+
+
+def _params(text: str, raw: Mapping[str, Any], *path: str) -> dict[str, Any]:
+    """`params` and `params_force` at `path`, by dialect, each value as it is written there."""
+    found: dict[str, Any] = {}
+    for key in (key for key in ("params", "params_force") if key in raw):
+        at = place_of(text, (*path, key))
+        others = {m.key: m.value for m in scan_object(text, at)[1] if m.key in OTHER_DIALECTS}
+        chat = {k: v for k, v in written(text, at).items() if k not in others}
+        found[key] = {"chat": chat, **{k: written(text, at) for k, at in others.items()}}
+    return found
 
 
 # What the router appends to a base URL itself, or what stands where its paths begin.
@@ -457,6 +531,8 @@ def _cross_check(table: Table) -> Iterator[str]:
             for i, n in Counter(ids).items()
             if n > 1
         )
+    yield from _check_headers(table)
+    yield from _check_aliases(table)
     if table.breaker["first_retry_sec"] > table.breaker["recovery_timeout_sec"]:
         yield "$.circuit_breaker.first_retry_sec: should not be above recovery_timeout_sec"
 
@@ -493,6 +569,37 @@ def _doubts_about_urls(raw: Mapping[str, Any]) -> Iterator[str]:
     url, ending = read_url(raw.get("ollama", {}).get("base_url", "http://ollama"), OLLAMA_ENDPOINTS)
     if ending:
         yield f"ollama: the router appends its path itself; asked is {url}/api/chat"
+
+
+# What says how bodies are framed, or is a key; those come from the environment.
+OWN_HEADERS = ("host", "content-length", "content-type", "content-encoding", "transfer-encoding",
+               "connection", "keep-alive", "te", "trailer", "upgrade", "expect", "accept",
+               "accept-encoding")  # fmt: skip
+KEY_HEADERS = ("authorization", "proxy-authorization", "x-api-key", "api-key", "x-goog-api-key",
+               "cookie")  # fmt: skip
+
+
+def _check_headers(table: Table) -> Iterator[str]:
+    for upstream in table.upstreams.values():
+        for name, _ in upstream.headers:
+            place = f"$.upstreams.{upstream.name}.headers.{name}"
+            if name.lower() in KEY_HEADERS:
+                yield f"{place}: no key stands in this file: name its variable as api_key_env"
+            elif name.lower() in OWN_HEADERS:
+                yield f"{place}: is set by the router itself"
+
+
+def _check_aliases(table: Table) -> Iterator[str]:
+    known = table.names() + list(table.models)
+    for alias, meant in table.aliases.items():
+        try:
+            found = meant in known or table.resolve(meant)
+        except Refused as e:
+            yield f"$.aliases['{alias}']: {e}"
+            continue
+        if not found or (meant in table.aliases and meant not in table.models):
+            near = hint(meant, known)
+            yield f"$.aliases['{alias}']: is no model and no router/<category> of this file{near}"
 
 
 def fold(text: str) -> str:

@@ -8,14 +8,14 @@ import pytest
 from conftest import ROOT
 
 FLOORS = (  # what stands on a floor knows what stands below, and nothing beside it
-    "addresses bootstrap demo errors jsontext logs lru prompts vocabulary",
+    "addresses bootstrap demo errors jsontext logs loops lru prompts vocabulary",
     # cluster is asked by livefile and by router.py, and is handed both: neither imports the other
-    "chat cluster errortext flights livefile notify settings table worker",
-    "classifier clients exchange history metrics",
+    "chat cluster errortext flights livefile notify settings table turns worker",
+    "classifier clients exchange history metrics quotas",
     "carrier events judge ledger live",
     "command dialects",
     "access relay",
-    "views",
+    "keepalive views",
 )
 FLOOR = {name: n for n, names in enumerate(FLOORS) for name in names.split()}
 PARTS = sorted(path.stem for path in ROOT.glob("parts/*.py") if path.stem != "__init__")

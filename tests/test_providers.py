@@ -34,6 +34,7 @@ from upstream import (
 )
 
 import router as module
+from parts import table
 from parts.chat import chat_of
 from parts.dialects import CHAT
 from parts.jsontext import parse_object
@@ -401,7 +402,9 @@ def test_the_body_is_changed_no_more_than_it_has_to_be(text, usage, wanted):
     data = f"{{{text}}}".encode()
     chat = chat_of(data, *parse_object(data), CHAT)
 
-    sent = b"".join(chat.for_model("m", usage)).decode()
+    sent = b"".join(
+        chat.for_model(table.Model("m", table.Upstream("u", "http://u")), usage)
+    ).decode()
 
     assert sent == f'{{"model": "m", {wanted}}}'
 
