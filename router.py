@@ -81,6 +81,7 @@ from parts.exchange import MAX_ERROR, Endpoint, Reply, new_session, read_whole
 from parts.flights import NEVER, Flight, Flights
 from parts.history import History
 from parts.judge import (
+    DOUBTFUL,
     THINK_REFUSED,
     VERDICTS,
     check_head,
@@ -962,7 +963,9 @@ class Router:
         call.decision = decision
         call.category, call.mode, call.reason = decision[:3]
         chat.category = call.table.categories.get(call.category)
-        call.whole = decision.whole
+        chat.must_be_json = chat.category is not None and chat.category.want == "json" \
+            and chat.choices == 1 and chat.dialect.wants_json(chat.body)  # fmt: skip
+        call.whole = decision.whole or chat.must_be_json
         call.deadline = call.started + decision.timeouts["total"]
         call.choose_s = self.clock() - before
         # Parsed, messages and tools take thrice their text; nobody looks at them again.
@@ -1020,7 +1023,8 @@ class Router:
                 reply = self.upstreams.open(model, call.chat, flight, timeouts["connect"])
                 answer = call.chat.dialect.answer(model.id, choices=call.chat.choices,
                                                   keep_usage=call.chat.wants_usage,
-                                                  whole=call.whole)  # fmt: skip
+                                                  whole=call.whole,
+                                                  must_be_json=call.chat.must_be_json)  # fmt: skip
                 relay = Relay(
                     reply, flight, model.id, answer, stream=call.stream, whole=call.whole,
                     idle_s=timeouts["idle"],
@@ -1065,7 +1069,7 @@ class Router:
         failure.bare().attempt = attempt
         if relay:
             attempt.price(relay.usage)
-            failure.relay = relay if failure.outcome == "empty" else None
+            failure.relay = relay if failure.outcome in DOUBTFUL else None
         self.upstreams.note(attempt.model.upstream, failure.outcome, self.clock())
 
     def _again(self, call: Call, ticket: Ticket, failure: Failure, seconds: float,
@@ -1132,10 +1136,10 @@ class Router:
             said = self._scrubbed(failures[-1].message)
             text = f"nobody could be asked: {said or 'this machine is short of something'}"
             raise RouterError(503, "shortage", text, headers={"Retry-After": "5"})
-        if "empty" in outcomes:
-            empty = failures[len(outcomes) - 1 - outcomes[::-1].index("empty")]
-            call.relay, call.answered_by = empty.relay, empty.attempt
-            return cast(Relay, empty.relay)
+        doubtful = [failure for failure in failures if failure.outcome in DOUBTFUL]
+        if doubtful:
+            call.relay, call.answered_by = doubtful[-1].relay, doubtful[-1].attempt
+            return cast(Relay, call.relay)
         refusal = mendable(failures)
         if refusal:
             raise self._as_told(refusal, call)

@@ -48,6 +48,7 @@ class Chat:
     headers: Mapping[str, str] = field(default_factory=dict)  # the same
     choices: int = 1  # how many answers it wants
     category: Any = None  # table.Category that it was put into
+    must_be_json: bool = False  # it asks for JSON, and the category wants that checked
 
     @cached_property
     def wants_usage(self) -> bool:
@@ -119,8 +120,13 @@ class Chat:
         it refuses the very member `stream_options`. In pieces, most of them still those of `data`:
         a copy would double what a request holds.
         """
-        present = {m.key for m in self.members} | self.body.keys()
-        edits = {**self._params(model, present), "model": json.dumps(model.called)}
+        holders = [h for h in (model, self.category) if h and (h.params or h.params_force)]
+        present: Set[str] = self.body.keys()  # some were forgotten, but not these two
+        edits: dict[str, str] = {}
+        if holders:
+            present = {m.key for m in self.members} | present
+            edits = self._params(holders, present)
+        edits["model"] = json.dumps(model.called)
         if self.stream and usage == "ask" and self.dialect.adds_usage and not self.wants_usage:
             options = {**(self.body.get("stream_options") or {}), "include_usage": True}
             edits["stream_options"] = json.dumps(options)
@@ -137,14 +143,14 @@ class Chat:
                 done = member.end
         return [*out, data[done:]]
 
-    def _params(self, model: Any, present: Set[str]) -> dict[str, str]:
+    def _params(self, holders: Sequence[Any], present: Set[str]) -> dict[str, str]:
         """Members that routes.json sets, as JSON text; what the category says outdoes the model."""
         edits: dict[str, str] = {}
-        for holder in filter(None, (model, self.category)):
+        for holder in holders:
             for member, value in holder.params.get(self.dialect.name, {}).items():
                 if member not in present and SAME.get(member) not in present:
                     edits[member] = value
-        for holder in filter(None, (model, self.category)):
+        for holder in holders:
             for member, value in holder.params_force.get(self.dialect.name, {}).items():
                 other = SAME.get(member, "")
                 edits[other if other in present and member not in present else member] = value

@@ -62,7 +62,7 @@ class Answer:
     words: tuple[bytes, ...] = ()
 
     def __init__(self, model: str, *, choices: int = 1, keep_usage: bool = True,
-                 whole: bool = False):  # fmt: skip
+                 whole: bool = False, must_be_json: bool = False):  # fmt: skip
         self.usage: dict[str, Any] = {}
         self.has_content = False
         self.came = False  # something that the client gets came since it was last looked at
@@ -70,7 +70,7 @@ class Answer:
         self.finish = ""  # the kind of the last finish reason: see FINISHES
         self.id = ""  # by which a later request may continue it
         self._model, self._choices = model, choices
-        self._keep_usage, self._whole = keep_usage, whole
+        self._keep_usage, self._whole, self._must_be_json = keep_usage, whole, must_be_json
         self._arguments: dict[Any, list[str]] = {}  # of tool calls, where the answer is held
 
     @property
@@ -116,6 +116,23 @@ class Answer:
         half = any(a.strip() and parse_loosely(a) is None for a in told)
         if half and self.finish != "length":
             raise Failure("cut", "half a tool call", 200)
+
+    def check_json(self, held: Sequence[bytes]) -> None:
+        """Failure when JSON must be there and all that was `held` is none; a tool call is fine."""
+        if not self._must_be_json or self.finish == "calls":
+            return
+        lines = [line for piece in held for line in piece.splitlines()]
+        lines = [line[5:] for line in lines if line.startswith(b"data:")] or [b"".join(held)]
+        bodies = [body for body in map(parse_loosely, lines) if isinstance(body, dict)]
+        text = "".join(word for body in bodies for word in self.words_in(body))
+        if not text.strip():
+            raise Failure("empty", status=200)
+        if parse_loosely(text) is None:
+            raise Failure("not_json", status=200)
+
+    def words_in(self, said: Mapping[str, Any]) -> Iterator[str]:
+        """The text in an event of a stream, or in a whole answer."""
+        return iter(())
 
     def good_end(self) -> bytes:
         """What is missing behind a finished answer."""
@@ -225,6 +242,13 @@ class ChatAnswer(Answer):
         """By its choices."""
         return bool(choices_of(body))
 
+    def words_in(self, said: Mapping[str, Any]) -> Iterator[str]:
+        """The content of each choice."""
+        for choice in choices_of(said):
+            part = choice.get("delta") or choice.get("message")
+            if isinstance(part, dict) and isinstance(part.get("content"), str):
+                yield part["content"]
+
     def _note_arguments(self, choice: int, calls: Any, part: str) -> None:
         """Put a tool call's arguments together; another id is another call, whatever its index."""
         for n, tool in enumerate(calls if isinstance(calls, list) else ()):
@@ -305,6 +329,20 @@ class MessagesAnswer(Answer):
         """What a block grows by."""
         return said.get("type") == "content_block_delta"
 
+    def words_in(self, said: Mapping[str, Any]) -> Iterator[str]:
+        """Of blocks of text, not of thoughts."""
+        blocks = said.get("content")
+        pieces = (
+            [
+                *blocks,
+            ]
+            if isinstance(blocks, list)
+            else [said.get("delta")]
+        )
+        for piece in pieces:
+            if isinstance(piece, dict) and isinstance(piece.get("text"), str):
+                yield piece["text"]
+
     def _add_usage(self, usage: Any) -> None:
         """Later counts replace earlier ones: the stream ends with the final ones."""
         if isinstance(usage, dict):
@@ -362,6 +400,17 @@ class ResponsesAnswer(Answer):
         elif told := error_of(said):
             raise failure_from(200, told)
         return self._count(said)
+
+    def words_in(self, said: Mapping[str, Any]) -> Iterator[str]:
+        """Of messages; in a stream of its deltas."""
+        if said.get("type") == "response.output_text.delta" and isinstance(said.get("delta"), str):
+            yield said["delta"]
+        output = said.get("output")
+        for item in output if isinstance(output, list) else ():
+            content = item.get("content") if isinstance(item, dict) else None
+            for part in content if isinstance(content, list) else ():
+                if isinstance(part, dict) and part.get("type") == "output_text":
+                    yield str(part.get("text"))
 
     def _count(self, said: Mapping[str, Any]) -> None:
         number = said.get("sequence_number")
@@ -542,6 +591,10 @@ class Dialect:
         """The path where a body that came in here belongs; '' when it is here."""
         return "/v1/responses" if "input" in body and "messages" not in body else ""
 
+    def wants_json(self, body: Mapping[str, Any]) -> bool:
+        """True when the answer has to be JSON."""
+        return is_json_format(body.get("response_format"))
+
     def continues(self, body: Mapping[str, Any]) -> str:
         """The id of what the upstream keeps and `body` goes on with, or ''."""
         return ""
@@ -606,6 +659,12 @@ class Messages(Dialect):
             for t in turns
         )
         return "/v1/chat/completions" if is_chat else super().belongs_to(body)
+
+    def wants_json(self, body: Mapping[str, Any]) -> bool:
+        """Told by the format of its output, which stood elsewhere before."""
+        config = body.get("output_config")
+        config = config if isinstance(config, dict) else {}
+        return any(map(is_json_format, (config.get("format"), body.get("output_format"))))
 
     def told(self, e: RouterError, id_: str, streamed: bool,
              size: int) -> tuple[int, dict[str, Any]]:  # fmt: skip
@@ -697,6 +756,11 @@ class Responses(Dialect):
         """Told by the messages."""
         return "/v1/chat/completions" if "messages" in body and "input" not in body else ""
 
+    def wants_json(self, body: Mapping[str, Any]) -> bool:
+        """Told by the format of its text."""
+        text = body.get("text")
+        return isinstance(text, dict) and is_json_format(text.get("format"))
+
     def continues(self, body: Mapping[str, Any]) -> str:
         """A response or a conversation, which only the upstream knows that made it."""
         conversation = body.get("conversation")
@@ -759,6 +823,11 @@ class Embeddings(Dialect):
     def belongs_to(self, body: Mapping[str, Any]) -> str:
         """Told by the messages."""
         return "/v1/chat/completions" if "messages" in body and "input" not in body else ""
+
+
+def is_json_format(told: Any) -> bool:
+    """Whether the format of an answer is JSON."""
+    return isinstance(told, dict) and told.get("type") in ("json_schema", "json_object")
 
 
 def is_turns(turns: Any) -> bool:

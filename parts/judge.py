@@ -44,6 +44,7 @@ VERDICTS = {
     "unknown_model": Verdict("yes", True, "is not known to its upstream"),
     "not_found": Verdict("yes", False, "was not found"),
     "empty": Verdict("once", False, "sent an empty answer"),
+    "not_json": Verdict("once", False, "did not answer in the JSON that was asked for"),
     "refused": Verdict("once", False, "refused the request"),
     "context_length": Verdict("yes", False, "cannot take a prompt of this length"),
     "unauthorized": Verdict("yes", False, "was refused for its key"),
@@ -55,6 +56,7 @@ VERDICTS = {
     "client_left": Verdict("no", False, "was left by the client"),
     "internal_error": Verdict("no", False, "met a bug of the router"),
 }
+DOUBTFUL = ("empty", "not_json")  # passed on when nobody has a better one
 # A status whose text says nothing more. Other 3xx, 4xx and 5xx: see judge.
 BY_STATUS = {
     400: "refused", 401: "unauthorized", 402: "payment", 404: "not_found", 408: "server_error",

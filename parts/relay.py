@@ -96,6 +96,7 @@ class Relay:
         self.answer.check_arguments()
         if not self.answer.has_begun:
             raise Failure("empty", status=200)
+        self.answer.check_json(self.held)
 
     def _hold_until_begun(self) -> None:
         answer, size, ended = self.answer, 0, False
@@ -146,6 +147,7 @@ class Relay:
             answer.done = True
         if not answer.has_begun:
             raise Failure("empty", status=200)
+        answer.check_json(self.held)
 
     # --- after the commit ------------------------------------------------------------------------
 

@@ -129,6 +129,10 @@ class Category:
     whole: bool = False
     timeouts: Mapping[str, float] = field(default_factory=dict)
     vocabulary: bool = True  # False: the built-in words do not lead here
+    params: Params = field(default_factory=dict)
+    params_force: Params = field(default_factory=dict)
+    want: str = ""  # json: an answer that is none, where one was asked for, is doubtful
+    keepalive_s: float | None = None  # a stream that nobody began by then says that it is alive
 
     @property
     def lists(self) -> tuple[Sequence[str], Sequence[str]]:
@@ -140,10 +144,6 @@ class Category:
         """How many built-in entries lead here, beside the keywords of the file."""
         entries = self.lists[0]
         return 0 if entries is self.keywords else len(entries)
-
-    params: Params = field(default_factory=dict)
-    params_force: Params = field(default_factory=dict)
-    keepalive_s: float | None = None  # a stream that nobody began by then says that it is alive
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ class Table:
                 name: {"models": [m.id for m in c.models], "description": c.description,
                        "stream": "whole" if c.whole else "live", "timeouts_sec": dict(c.timeouts),
                        "vocabulary": c.vocabulary,
-                       "keepalive_sec": c.keepalive_s,
+                       "keepalive_sec": c.keepalive_s, "want": c.want or None,
                        **params_json(c)}
                 for name, c in categories
             },
@@ -403,7 +403,8 @@ def _build_table(text: str, raw: Mapping[str, Any]) -> Table:
                        tuple(c.get("keywords", ())), c.get("description", ""),
                        c.get("stream") == "whole", c.get("timeouts_sec", {}),
                        c.get("vocabulary", True),
-                       **_params(text, c, "categories", name), keepalive_s=c.get("keepalive_sec"))
+                       **_params(text, c, "categories", name), keepalive_s=c.get("keepalive_sec"),
+                       want=c.get("want", ""))
         for name, c in raw["categories"].items()
     }  # fmt: skip
     return Table(

@@ -15,7 +15,7 @@ OUTCOMES = {  # (goes on to the next model, counts as a strike): the outcomes
     ("yes", True): "connect tls reset first_token answer idle cut server_error redirect "
                    "not_an_answer rate_limited unknown_model",
     ("yes", False): "context_length unauthorized payment not_found client_error",
-    ("once", False): "empty refused",
+    ("once", False): "empty not_json refused",
     ("no", False): "content_filter total shortage client_left internal_error",
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ import router as module
 from parts.chat import chat_of, parse_body, request_schemas
 from parts.dialects import CHAT
 from parts.jsontext import depth_of, parse_object
+from parts.table import Model, Upstream
 
 
 def chat_in(text: str) -> module.Chat:
@@ -19,7 +20,7 @@ def chat_in(text: str) -> module.Chat:
 
 
 def body_for(chat: module.Chat, model: str) -> str:
-    return b"".join(chat.for_model(model)).decode()
+    return b"".join(chat.for_model(Model(model, Upstream("u", "http://u")))).decode()
 
 
 @pytest.mark.parametrize(
