@@ -2,17 +2,20 @@
 
     python bench/routing.py [FILE.jsonl] [--wrap] [--errors]
     python bench/routing.py --card [FILE.jsonl...]
+    python bench/routing.py [FILE.jsonl] --ollama URL [--rows N]
 
 `--card` writes bench/CARD.md, with public rows as arguments if there are any. Rows hold "lang",
 "category" and either "text" or "messages". The shipped routes.json decides, with the same code as a
 real request, in keywords mode. `--wrap` puts each text into the envelopes of chat clients, to see
-what stripping loses.
+what stripping loses. `--ollama` asks the model of routes.json at that address, one text at a time
+and each once, and says how right it is alone, and hybrid by the margin under which it is asked.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import sys
 import time
@@ -21,9 +24,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import requests
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import router  # noqa: E402
+from parts.classifier import CHARS, question_for, read_category  # noqa: E402
 from parts.dialects import CHAT  # noqa: E402
+from parts.errors import ClassifierError  # noqa: E402
 from parts.livefile import read_file  # noqa: E402
 from parts.table import load_table  # noqa: E402
 from router import Chat, Chooser, Classifier, Decision, Flight  # noqa: E402
@@ -42,11 +50,30 @@ ENVELOPES = (
 )
 
 
-def deciding() -> Any:
-    """A function from messages to a Decision, by the shipped routes.json and keywords alone."""
+class Patient:
+    """Stands in for the Classifier: asks one text at a time, each once, and waits."""
+
+    def __init__(self) -> None:
+        self.answers: dict[bytes, str | None] = {}
+
+    def ask(self, table: Any, text: str, _flight: Flight) -> str | None:
+        """The category the model names, or None when it names none: then keywords decide."""
+        question = question_for(table, text[:CHARS])
+        if question.body not in self.answers:
+            answer = requests.post(question.url, data=question.body, timeout=300)
+            try:
+                self.answers[question.body] = read_category(answer.content, table)
+            except ClassifierError:
+                self.answers[question.body] = None
+        return self.answers[question.body]
+
+
+def deciding(mode: str = "keywords", url: str = "", classifier: Any = None) -> Any:
+    """A function from messages to a Decision, by the shipped routes.json; keywords alone if so."""
     table = load_table(read_file(ROOT / "routes.json"))
-    table = replace(table, mode="keywords")
-    chooser = Chooser(Classifier(lambda *_: b""))
+    ollama = {**table.ollama, "base_url": url}
+    table = replace(table, mode=mode, ollama=ollama, classifier=None)
+    chooser = Chooser(classifier or Classifier(lambda *_: b""))
     flight = Flight(None, time.monotonic)
 
     def decide(messages: list[dict[str, Any]]) -> Decision:
@@ -113,6 +140,21 @@ def print_margins(found: list[tuple[float, bool]]) -> None:
             print(f"  {threshold:14.2f} {len(band) / len(found):7.1%} {sum(band) / len(band):7.1%}")
 
 
+def print_hybrid(rows: list[dict[str, Any]], url: str) -> None:
+    """How right the model at `url` is alone, and hybrid by the margin under which it is asked."""
+    patient = Patient()
+    print(f"{len(rows)} prompts\n\nasked when the margin is under   asked   right")
+    for threshold in (0.0, 0.1, 0.2, 0.3, 0.5, 1.0, None):
+        router.SURE_MARGIN = threshold or 0.0
+        decide = deciding("ollama" if threshold is None else "hybrid", url, patient)
+        found = [(decide(messages_of(row)), row["category"]) for row in rows]
+        asked = sum(decision.mode == "ollama" for decision, _ in found) / len(rows)
+        right = accuracy([(wanted, decision.category) for decision, wanted in found])
+        print(f"{'always' if threshold is None else threshold:>31} {asked:7.1%} {right:7.1%}")
+    said = list(patient.answers.values())
+    print(f"\n{said.count(None)} of {len(said)} answers named no category")
+
+
 def main() -> int:
     """Print the figures of a file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -120,6 +162,8 @@ def main() -> int:
     parser.add_argument("--card", action="store_true", help="write bench/CARD.md")
     parser.add_argument("--wrap", action="store_true", help="put each text into clients' envelopes")
     parser.add_argument("--errors", action="store_true", help="print what went wrong")
+    parser.add_argument("--ollama", metavar="URL", help="ask the model there, alone and in hybrid")
+    parser.add_argument("--rows", type=int, default=0, help="take so many by chance, always these")
     args = parser.parse_args()
     if args.card:
         import card
@@ -127,6 +171,11 @@ def main() -> int:
         print(card.write(args.files))
         return 0
     rows = rows_of(args.files[0] if args.files else ROOT / "tests" / "routing_examples.jsonl")
+    if 0 < args.rows < len(rows):
+        rows = random.Random(1).sample(rows, args.rows)
+    if args.ollama:
+        print_hybrid(rows, args.ollama)
+        return 0
     decide, took = deciding(), []
     pairs: dict[str, list[tuple[str, str]]] = {}
     margins = []

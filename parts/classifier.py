@@ -1,8 +1,8 @@
 """What a model that names the category is asked, and what its answer means.
 
 It is Ollama's model, or with `classifier` in routes.json one of an upstream. The examples are chat
-turns with the very answers that are wanted: two small models were right 16 to 36 points more often
-so than with the examples as lines of the system prompt.
+turns with the very answers that are wanted. A model of 135M parameters was right on 50 of 125
+texts so, and on 46 with examples as lines of the system prompt: no clear difference.
 """
 
 from __future__ import annotations

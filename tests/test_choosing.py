@@ -367,6 +367,23 @@ def said(category: str):
     return plain(200, json.dumps({"message": {"role": "assistant", "content": content}}).encode())
 
 
+def test_the_bench_says_how_right_a_model_is_alone_and_below_each_margin(
+    ollama, monkeypatch, capsys
+):
+    monkeypatch.setattr(module, "SURE_MARGIN", module.SURE_MARGIN)  # the bench moves it
+    ollama.default = said("tools")
+    texts = {"qqq zzz": "tools", "Write a Python function": "code"}
+
+    rows = [{"text": text, "category": name} for text, name in texts.items()]
+    routing.print_hybrid(rows, ollama.url.removesuffix("/v1"))
+
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["0.0", "0.0%", "50.0%"] in printed
+    assert ["0.1", "50.0%", "100.0%"] in printed
+    assert ["always", "100.0%", "50.0%"] in printed
+    assert len(ollama.requests) == 2  # each text once
+
+
 def test_ollama_names_the_category(asking, ollama):
     ollama.default = said("reasoning")
 
