@@ -169,7 +169,7 @@ def test_rejected_request_does_not_read_like_a_failed_model(
     assert not re.search(r"none|unknown|failed|\$", newest)
 
 
-def test_another_format_than_chat_is_named(
+def test_another_format_than_chat_is_named_and_what_was_cached(
     chromium: Any, serve: Callable[..., Service], upstream: Upstream
 ) -> None:
     local = {"base_url": upstream.url, "api_key_env": "TEST_API_KEY", "speaks": ["messages"]}
@@ -180,6 +180,7 @@ def test_another_format_than_chat_is_named(
     page = Page(chromium, service.base)
 
     page.wait("requests", "as Messages")
+    page.wait("models", "40 % of the input cached")
 
 
 def test_latency_line_has_a_scale(open_page: Any, service: Service) -> None:
