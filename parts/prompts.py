@@ -246,6 +246,14 @@ STAMP = re.compile(
 
 def clean(text: str) -> str:
     """What the user said in `text`, without what a client put around it; may be empty."""
+    return _cleaned(text) if len(text) <= SHORT else _cleaned.__wrapped__(text)
+
+
+SHORT = 4096  # characters; what is short is asked about again, by each step of a turn
+
+
+@lru_cache(maxsize=256)
+def _cleaned(text: str) -> str:
     again = "previous active turn" in text or "Earlier unanswered user" in text
     signs = {sign for sign in "<[(#" if sign in text}
     for mark, pattern in WRAPPINGS:

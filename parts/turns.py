@@ -78,7 +78,7 @@ class Turns:
         count, tool = repeats(turns[last + 1 :])
         if last < 0:
             return Turn(continues=continues, repeats=count, tool=tool)
-        first = next(text for turn in turns if (text := said_in(dialect, turn)))
+        first = next((text for turn in turns[:last] if (text := said_in(dialect, turn))), said)
         behind = any(map(is_answer, turns[last + 1 :]))
         return Turn(
             self._hash("turn", client, session or first, said),
