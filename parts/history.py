@@ -187,6 +187,7 @@ class History:
         self._peers = peers  # other instances, told when a limit is near; None: there are none
         self._lock = threading.Lock()  # guards what follows; never held during I/O
         self._rows: list[Row] = []  # yet to be written
+        self._writing: list[Row] = []  # just being written
         self._counted = 0  # so many of them are in the sums
         self._cells: dict[Cell, list[float]] = {}  # sums yet to be written
         self._sums: dict[Sum, list[float]] = {}  # of this day and month, written or not
@@ -437,7 +438,7 @@ class History:
         with self._lock:
             self._count()
             rows, cells = self._rows, self._cells
-            self._rows, self._cells, self._counted = [], {}, 0
+            self._writing, self._rows, self._cells, self._counted = rows, [], {}, 0
         try:
             if rows or cells:
                 with transaction(db):
@@ -445,12 +446,13 @@ class History:
                     db.executemany(_BOOK, [(*cell, *counts) for cell, counts in cells.items()])
         except BaseException:
             with self._lock:
-                self._rows[:0] = rows
+                self._writing, self._rows[:0] = [], rows
                 self._counted += len(rows)
                 newer, self._cells = self._cells, cells
                 for cell, counts in newer.items():
                     add_to(self._cells, cell, counts)
             raise
+        self._writing = []
         version = db.execute("PRAGMA data_version").fetchone()[0]
         if version != self._version:
             self._take(sums_in(db))
@@ -529,7 +531,7 @@ class History:
                  before: int | None = None) -> list[dict[str, Any]]:  # fmt: skip
         """The last requests, newest first; `before` a `seq`: older ones."""
         with self._lock:
-            waiting = [] if before else self._rows[::-1]
+            waiting = [] if before else [*self._writing, *self._rows][::-1]
         wanted = [row for row in waiting
                   if model in ("", row.model) and outcome in ("", row.outcome)]  # fmt: skip
         found = [{"seq": None, **row._asdict()} for row in wanted[:most]]

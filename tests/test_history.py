@@ -76,6 +76,20 @@ def test_rows_that_are_written_while_they_are_asked_for_stand_once(client, file,
     assert len({row["id"] for row in rows}) == len(rows) == 3
 
 
+def test_rows_that_are_just_being_written_are_shown(client, monkeypatch):
+    insert, seen = history.insert, []
+
+    def look(db: Any, rows: Any) -> None:
+        seen.append(len(client.router.history.requests(10)))
+        insert(db, rows)
+
+    monkeypatch.setattr(history, "insert", look)
+    client.chat()
+
+    wait_until(lambda: seen)
+    assert seen[0] == 1
+
+
 def test_a_request_leaves_a_row_that_says_what_its_headers_said(client, file):
     answer = client.chat("please refactor this python")
 
