@@ -138,7 +138,11 @@ class Carrier:
         """
         stream.is_pair = True
         with without_waiting(stream.source):
-            self._hand_over(stream)
+            try:
+                self._hand_over(stream)
+            except RuntimeError:
+                stream.sink.close()
+                raise
             ours.settimeout(every_s or None)
             try:
                 while data := received(ours, sign):
@@ -159,10 +163,16 @@ class Carrier:
                 self._bell, heard = socket.socketpair()
                 heard.setblocking(False)
                 self._selector.register(heard, READ)
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=self._run, args=(heard,), name="carrier", daemon=True
                 )
-                self._thread.start()
+                try:
+                    thread.start()
+                except RuntimeError:  # no thread can be had: the next stream tries again
+                    for opened in (self._selector, self._bell, heard):
+                        opened.close()
+                    raise
+                self._thread = thread
         self._new.append(stream)
         self._bell.send(b"!")
 

@@ -141,8 +141,9 @@ class Flights:
             self._uncounted += not counted
             flight.counted = counted
             if self._watcher is None:  # not at import, nor before gunicorn has forked
-                self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
-                self._watcher.start()
+                watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
+                watcher.start()  # which may fail: then the next flight tries again
+                self._watcher = watcher
             if len(self._air) == 1:
                 self._busy.set()
 

@@ -301,8 +301,12 @@ class History:
     def _start(self) -> None:
         """Have the thread write, or look what others wrote; under the lock."""
         if self._thread is None and not self._stop.is_set():
-            self._thread = threading.Thread(target=self._run, name="history", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="history", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # no thread can be had now: the next row asks again
+                return
+            self._thread = thread
             atexit.unregister(self.close)
             atexit.register(self.close)
 
@@ -503,7 +507,7 @@ class History:
             reached = 1.0 if level >= 1 else NEAR if level >= NEAR else 0.0
             if reached > self._told.get(key, 0.0):
                 self._told[key] = reached
-                facts = {"limit": limit.span, "of": limit.name or limit.kind,
+                facts = {"limit": limit.span, "of": f"{limit.kind} {limit.name}".strip(),
                          "usd": limit.usd, "spent_usd": round(spent, 6)}  # fmt: skip
                 log.warning("limit_spent" if reached == 1 else "limit_near", facts)
 

@@ -35,8 +35,12 @@ class Walk:
         if keepalive_s is None:
             self.relay = walk()
             return
+        try:
+            threading.Thread(target=self._run, args=(walk,), name="walk", daemon=True).start()
+        except RuntimeError:  # no thread can be had: rather no signs of life than no answer
+            self.relay = walk()
+            return
         self._every_s = min(keepalive_s, OFTEN_S)
-        threading.Thread(target=self._run, args=(walk,), name="walk", daemon=True).start()
         if self._done.wait(keepalive_s):
             self.relay = self._result()
 
@@ -90,4 +94,5 @@ class Walk:
         if self._every_s and not self._done.is_set():
             self._call.flight.end("client_left")
             self._done.wait()
+        self._raised = None  # its frames hold this object
         finish()

@@ -63,8 +63,9 @@ class Notifier(logging.Handler):
             self._waiting[matter] = {"event": event, "text": text, "content": text, **facts}
             self._bell.notify()
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="notify", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="notify", daemon=True)
+                thread.start()
+                self._thread = thread
 
     def _run(self) -> None:
         while True:
@@ -92,7 +93,7 @@ class Notifier(logging.Handler):
                 self._url, json=body, timeout=TIMEOUT_S, allow_redirects=False, stream=True
             ) as reply:
                 why = "" if reply.status_code < 300 else f"status {reply.status_code}"
-        except requests.RequestException as e:  # its words hold the URL
+        except (OSError, ValueError) as e:  # requests' own are among them; their words hold the URL
             why = type(e).__name__
         if why and not self._failing:
             log.warning("notify_failing", {"why": why})

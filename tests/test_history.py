@@ -76,18 +76,51 @@ def test_rows_that_are_written_while_they_are_asked_for_stand_once(client, file,
     assert len({row["id"] for row in rows}) == len(rows) == 3
 
 
+def no_thread(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The next thread of that name cannot be started."""
+    start, left = threading.Thread.start, [1]
+
+    def once(self: threading.Thread) -> None:
+        if self.name == name and left:
+            left.pop()
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", once)
+
+
+def test_a_thread_that_cannot_be_had_now_is_asked_for_again(client, file, monkeypatch):
+    no_thread(monkeypatch, "history")
+
+    assert [client.chat().status_code for _ in range(3)] == [200] * 3
+
+    written(client, file, 3)
+    assert figures(client)["requests"]["success"] == 3
+
+
+@pytest.mark.parametrize(("name", "stream"), [("watcher", False), ("carrier", True)])
+def test_the_other_threads_are_asked_for_again_too(serve_once, build, monkeypatch, name, stream):
+    no_thread(monkeypatch, name)
+    app = build()
+
+    with contextlib.suppress(Exception):
+        app.chat(stream=stream)
+
+    assert b"Hello from upstream" in app.chat(stream=stream).data
+
+
 def test_rows_that_are_just_being_written_are_shown(client, monkeypatch):
-    insert, seen = history.insert, []
+    insert, seen = history.insert, set()
 
     def look(db: Any, rows: Any) -> None:
-        seen.append(len(client.router.history.requests(10)))
+        seen.update(row["id"] for row in client.router.history.requests(10))
         insert(db, rows)
 
     monkeypatch.setattr(history, "insert", look)
-    client.chat()
+    asked = client.chat().headers["X-Request-Id"]
 
     wait_until(lambda: seen)
-    assert seen[0] == 1
+    assert seen == {asked}
 
 
 def test_a_request_leaves_a_row_that_says_what_its_headers_said(client, file):

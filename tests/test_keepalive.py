@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
+import threading
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from test_dialects import SPEAKS_ALL
 from upstream import error, hang, pieces, slow
 
 from parts.dialects import DIALECT_AT
+from parts.keepalive import Walk
 
 EVERY = tuple(FORMATS)
 CHAIN = ["acme/one", "acme/two"]
@@ -159,3 +163,43 @@ def test_codex_is_told_by_the_code_whether_to_ask_again(service, upstream, statu
     data, _ = read(ask(service, form))
 
     assert re.search(rb'"code": "invalid_prompt"', data)
+
+
+def alone(build: Any, upstream: Any) -> Any:
+    local = {"base_url": upstream.url, "api_key_env": "TEST_API_KEY", "speaks": SPEAKS_ALL}
+    return build(categories=categories(0.1), timeouts_sec=SLOW, upstreams={"local": local})
+
+
+def test_without_a_thread_the_answer_comes_all_the_same(build, upstream, monkeypatch):
+    start = threading.Thread.start
+
+    def refused(self: threading.Thread) -> None:
+        if self.name == "walk":
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+
+    answer = alone(build, upstream).chat(stream=True)
+
+    assert FORMATS["chat"].read_stream(answer.data).complete
+
+
+def test_a_client_that_leaves_leaves_nothing_for_the_collector(build, upstream, monkeypatch):
+    upstream.default, walks, begin = hang, [], Walk.__init__
+
+    def noted(self: Walk, *args: Any) -> None:
+        walks.append(weakref.ref(self))
+        begin(self, *args)
+
+    monkeypatch.setattr(Walk, "__init__", noted)
+    client = alone(build, upstream)
+    gc.collect()
+    gc.disable()
+    try:
+        answer = client.flask.post("/v1/chat/completions", json=FORMATS["chat"].ask(stream=True))
+        answer.close()
+        del answer
+        wait_until(lambda: walks[0]() is None)
+    finally:
+        gc.enable()

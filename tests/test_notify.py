@@ -140,3 +140,23 @@ def test_a_url_that_is_none_stops_the_start_without_it(url):
         Settings.from_env({"ROUTER_NOTIFY_URL": url})
 
     assert url not in str(e.value)
+
+
+def test_a_url_that_no_library_can_read_ends_no_thread(lines):
+    notifier = Notifier("http://" + "a" * 70 + ".example/" + SECRET)
+    log.addHandler(notifier)
+    try:
+        log.warning("limit_spent", {"limit": "day", "of": "all", "usd": 1, "spent_usd": 1})
+        wait_until(lambda: any("notify_failing" in line for line in lines))
+        wait_until(lambda: notifier._thread is None)
+    finally:
+        log.removeHandler(notifier)
+
+    assert SECRET not in "".join(lines)
+
+
+def test_limits_of_one_name_are_two_matters(notifier, receiver):
+    for of in ("category code", "client code"):
+        log.warning("limit_spent", {"limit": "day", "of": of, "usd": 1, "spent_usd": 1})
+
+    wait_until(lambda: len(told(receiver)) == 2)
