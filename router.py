@@ -957,7 +957,8 @@ class Router:
         decision: Decision = self.chooser.choose(chat, call.table, call.flight)
         call.turn = self.turns.find(chat, session, call.client)
         decision = self.turns.keep(call.turn, decision, call.table, _decide, SURE_MARGIN)
-        if other := self.history.way_out(call.table, decision.category, call.client):
+        other = self.history.way_out(call.table, decision.category, call.client)
+        if other and chat.dialect.needs_choosing:
             reason = f"a limit is spent; else {decision.category} by {decision.mode}"
             decision = _decide(call.table, other, "limit", reason)
         call.decision = decision
@@ -1045,7 +1046,8 @@ class Router:
                     continue
                 if self._again(call, ticket, e, attempt.seconds, last):
                     continue
-                strike = "strike" if VERDICTS[e.outcome].strike else "none"
+                unknown = not call.is_counted and e.status in (404, 405, 501)
+                strike = "strike" if VERDICTS[e.outcome].strike and not unknown else "none"
                 self.breakers.settle(ticket, strike, call.table.breaker, e.outcome, e.status,
                                      e.retry_after_s)  # fmt: skip
                 self.quotas.refused(model, e, call.table, self.breakers)
@@ -1335,6 +1337,7 @@ def proxy(owner: Router, request: flask.Request) -> ChatResponse:
 def dry_run() -> dict[str, Any]:
     """Where a request would go and why, through the same code; no upstream is called."""
     with watched_upload(router()) as call:
+        call.client = flask.request.environ.get(CLIENT, call.client)
         data = read_body(flask.request)
         chat = chat_of(data, *parse_body(data), CHAT)
         check(chat.body, "RouteRequest")

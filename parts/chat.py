@@ -53,7 +53,8 @@ class Chat:
     @cached_property
     def wants_usage(self) -> bool:
         """True when the client asked for the usage chunk of a stream itself."""
-        return bool((self.body.get("stream_options") or {}).get("include_usage"))
+        options = self.body.get("stream_options")
+        return isinstance(options, dict) and bool(options.get("include_usage"))
 
     def note_wishes(self) -> None:
         """Work out what is asked of a model, for when messages and tools are forgotten."""
@@ -67,7 +68,8 @@ class Chat:
 
         Codex puts some of them into groups, a `namespace` each.
         """
-        tools, functions = self.body.get("tools") or (), self.body.get("functions")
+        tools, functions = self.body.get("tools"), self.body.get("functions")
+        tools = [t for t in tools if isinstance(t, dict)] if isinstance(tools, list) else []
         groups = [tool["tools"] for tool in tools if isinstance(tool.get("tools"), list)]
         grouped = sum(map(len, groups)) - len(groups)
         return len(tools) + grouped + (len(functions) if isinstance(functions, list) else 0)

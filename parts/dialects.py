@@ -37,6 +37,7 @@ from parts.prompts import clean, user_texts
 log = logging.getLogger("llm_router")
 
 DONE = b"data: [DONE]\n\n"
+MOST_ID = 1000  # characters of a response's id that are remembered; some proxies make long ones
 UNKNOWN: set[str] = set()  # finish reasons that were told of once
 
 
@@ -332,21 +333,14 @@ class MessagesAnswer(Answer):
     def words_in(self, said: Mapping[str, Any]) -> Iterator[str]:
         """Of blocks of text, not of thoughts."""
         blocks = said.get("content")
-        pieces = (
-            [
-                *blocks,
-            ]
-            if isinstance(blocks, list)
-            else [said.get("delta")]
-        )
-        for piece in pieces:
+        for piece in blocks if isinstance(blocks, list) else [said.get("delta")]:
             if isinstance(piece, dict) and isinstance(piece.get("text"), str):
                 yield piece["text"]
 
     def _add_usage(self, usage: Any) -> None:
-        """Later counts replace earlier ones: the stream ends with the final ones."""
+        """Later counts replace earlier ones, but a zero says nothing: no prompt has no tokens."""
         if isinstance(usage, dict):
-            told = {key: value for key, value in usage.items() if value is not None}
+            told = {key: value for key, value in usage.items() if value}
             self.usage = {**self.usage, **told}
 
     def good_end(self) -> bytes:
@@ -385,6 +379,8 @@ class ResponsesAnswer(Answer):
         if kind.endswith(".delta"):
             if said.get("delta"):
                 self._content()
+            if self._whole and kind == "response.function_call_arguments.delta":
+                self._arguments.setdefault(_place(said), []).append(str(said.get("delta")))
             return self._count(said)
         if kind.startswith("response.") and kind not in BEGINNINGS:
             self.came = True  # a search goes on, a part is done: the model is at work
@@ -393,8 +389,10 @@ class ResponsesAnswer(Answer):
             if isinstance(item, dict) and str(item.get("type")).endswith("_call"):
                 self._content()
         elif kind == "response.output_item.done":
-            if _has_output([said.get("item")]):
+            item = said.get("item")
+            if _has_output([item]):
                 self._content()
+            self._take_arguments(_place(said), item)
         elif isinstance(said.get("response"), dict):
             self._note_response(said["response"], kind.removeprefix("response."))
         elif told := error_of(said):
@@ -417,21 +415,27 @@ class ResponsesAnswer(Answer):
         if isinstance(number, int):  # of an event that is passed on
             self._number = number
 
+    def _take_arguments(self, place: int, item: Any) -> None:
+        """What a finished call says outranks the pieces that came of it."""
+        if self._whole and isinstance(item, dict) and isinstance(item.get("arguments"), str):
+            self._arguments[place] = [item["arguments"]]
+
     def _note_response(self, response: Mapping[str, Any], state: str) -> None:
         self._head = self._head or response
-        self.id = self.id or str(response.get("id") or "")
+        self.id = self.id or str(response.get("id") or "")[:MOST_ID]
         error, status = response.get("error"), response.get("status")
         if isinstance(response.get("usage"), dict):
             self.usage = response["usage"]
-        if error or not {"failed", "cancelled"}.isdisjoint((state, status)):
+        if error or any(told in ("failed", "cancelled") for told in (state, status)):
             raise failure_from(200, {"error": error or {"message": f"the response is {status}"}})
         if state not in ("completed", "incomplete"):
             return
-        if _has_output(response.get("output")):
+        output = response.get("output")
+        output = output if isinstance(output, list) else []
+        if _has_output(output):
             self._content()
-        for n, item in enumerate(response.get("output") or () if self._whole else ()):
-            if isinstance(item, dict) and isinstance(item.get("arguments"), str):
-                self._arguments[n] = [item["arguments"]]
+        for n, item in enumerate(output):
+            self._take_arguments(n, item)
         details = response.get("incomplete_details")
         reason = details.get("reason") if isinstance(details, dict) else None
         self._finish("stop" if state == "completed" else str(reason or "incomplete"))
@@ -460,6 +464,12 @@ class ResponsesAnswer(Answer):
             response={"object": "response", **head, "status": "failed", "error": error,
                       "incomplete_details": None, "output": [], "usage": None},
         )  # fmt: skip
+
+
+def _place(said: Mapping[str, Any]) -> int:
+    """Which item of a response an event is about."""
+    index = said.get("output_index")
+    return index if isinstance(index, int) else 0
 
 
 def _has_output(items: Any) -> bool:
@@ -653,7 +663,8 @@ class Messages(Dialect):
         """Told by what only a chat has."""
         turns, tools = self.turns(body), body.get("tools")
         is_chat = not CHAT_ONLY.isdisjoint(body)
-        is_chat |= any(isinstance(t, dict) and "function" in t for t in tools or ())
+        tools = tools if isinstance(tools, list) else []
+        is_chat |= any(isinstance(t, dict) and "function" in t for t in tools)
         is_chat |= any(
             isinstance(t, dict) and (t.get("role") in ("tool", "developer") or "tool_calls" in t)
             for t in turns
@@ -766,7 +777,7 @@ class Responses(Dialect):
         conversation = body.get("conversation")
         if isinstance(conversation, dict):
             conversation = conversation.get("id")
-        return str(body.get("previous_response_id") or conversation or "")[:200]
+        return str(body.get("previous_response_id") or conversation or "")[:MOST_ID]
 
     def told(self, e: RouterError, id_: str, streamed: bool,
              size: int) -> tuple[int, dict[str, Any]]:  # fmt: skip

@@ -77,7 +77,8 @@ class Turns:
         last, said = next(found, (-1, ""))
         count, tool = repeats(turns[last + 1 :])
         if last < 0:
-            return Turn(continues=continues, repeats=count, tool=tool)
+            nobody = self._hash("conversation", client, session, "")
+            return Turn(conversation=nobody, continues=continues, repeats=count, tool=tool)
         first = next((text for turn in turns[:last] if (text := said_in(dialect, turn))), said)
         behind = any(map(is_answer, turns[last + 1 :]))
         return Turn(

@@ -10,6 +10,8 @@ from formats import FORMATS, Messages, Responses, event, read_events
 from helpers import connected, figures, head_of, last_attempts, open_circuits, wait_until
 from upstream import Upstream, error, hang, pieces, plain, raw, whole
 
+from parts.dialects import DIALECT_AT
+
 EVERY = tuple(FORMATS)
 NAMED = ("messages", "responses")
 SPEAKS_ALL = [*EVERY, "embeddings"]
@@ -579,6 +581,96 @@ def test_a_response_goes_on_with_the_model_that_made_it(client, upstream):
 
     assert known.headers["X-Router-Model"] == "acme/two"
     assert other.headers["X-Router-Model"] == "acme/one"
+
+
+# --- what nobody should send --------------------------------------------------------------------
+
+ODD = (5, 1.5, True, "x", [1], [None], {"a": 1}, None)
+
+
+@pytest.mark.parametrize("key", ["tools", "stream_options", "tool_choice", "metadata"])
+@pytest.mark.parametrize("path", sorted(DIALECT_AT))
+def test_odd_members_of_a_body_are_no_bug_of_ours(client, path, key):
+    form = next(
+        (form for form in FORMATS.values() if path.endswith(form.path)), FORMATS["messages"]
+    )
+    body = {**form.ask(), **({"input": "a", "model": "acme/one"} if "embed" in path else {})}
+
+    for value in ODD:
+        assert "internal_error" not in client.post(path, {**body, key: value}).text
+
+
+ODD_RESPONSES = [{"status": []}, {"status": {}}, {"output": 5}, {"output": [5]}, {"usage": [1]},
+                 {"id": 5, "output": None}, {"incomplete_details": 1}]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD_RESPONSES, ids=str)
+@pytest.mark.parametrize("stream", [False, True])
+def test_odd_answers_are_the_models_fault_and_not_ours(client, upstream, odd, stream):
+    form = FORMATS["responses"]
+    bad = {**form.head("completed", output=[]), **odd}
+    ended = pieces([event("response.completed", response=bad)])
+    upstream.scripts = {"acme/one": ended if stream else plain(200, json.dumps(bad).encode())}
+    upstream.default = form.good("second")
+
+    answer = ask(client, form, stream=stream, headers={"X-Router-Stream": "whole"})
+
+    assert read(form, answer) == ("second", "", True)
+
+
+def test_zeros_at_the_end_of_a_message_do_not_unsay_its_tokens(client, upstream):
+    form = FORMATS["messages"]
+    zeros = {"input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 20}
+    last = event("message_delta", delta={"stop_reason": "end_turn"}, usage=zeros)
+    upstream.default = pieces([*form.begun(["hi"]), last, event("message_stop")])
+
+    ask(client, form, stream=True)
+
+    tokens = figures(client)["tokens"]
+    assert (tokens["input"], tokens["cached"], tokens["output"]) == form.tokens
+
+
+HALF = {"type": "function_call", "arguments": '{"a": "b'}
+
+
+@pytest.mark.parametrize(
+    "told",
+    [event("response.function_call_arguments.delta", delta=HALF["arguments"]),
+     event("response.output_item.done", item=HALF)],
+)  # fmt: skip
+def test_half_a_call_that_the_last_event_does_not_repeat_fails_over(client, upstream, told):
+    form = FORMATS["responses"]
+    end = event("response.completed", response=form.head("completed"))
+    upstream.scripts = {"acme/one": pieces([told, end]), "acme/two": form.good("second")}
+
+    answer = ask(client, form, stream=True, headers={"X-Router-Stream": "whole"})
+
+    assert form.read_stream(answer.data).text == "second"
+
+
+@pytest.mark.parametrize("status", [404, 405, 501])
+def test_who_cannot_count_may_answer_all_the_same(client, upstream, status):
+    upstream.default = error(status)
+
+    for _ in range(5):
+        assert client.post(COUNT, FORMATS["messages"].ask()).status_code == 200
+
+    assert open_circuits(client) == {}
+
+
+@pytest.mark.parametrize("size", [50, 250, 900])
+def test_a_long_id_of_a_response_is_remembered(client, upstream, size):
+    form = FORMATS["responses"]
+    made = plain(200, json.dumps({**form.whole("a"), "id": "r" * size}).encode())
+    upstream.scripts = {"acme/one": form.refuses(503), "acme/two": made}
+    ask(client, form)
+    client.post("/circuit-breaker/reset-all")
+    upstream.scripts = {}
+    upstream.default = form.good()
+
+    answer = ask(client, form, previous_response_id="r" * size)
+
+    assert answer.headers["X-Router-Model"] == "acme/two"
 
 
 # --- counts and vectors --------------------------------------------------------------------------

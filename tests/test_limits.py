@@ -11,7 +11,7 @@ import pytest
 from conftest import settings_for
 from helpers import figures
 from service import KEY, small_routes
-from upstream import whole
+from upstream import plain, whole
 
 import router as module
 from parts import clients
@@ -478,3 +478,34 @@ def test_what_the_commands_cannot_do_is_a_sentence(terminal, monkeypatch, tmp_pa
 
     assert status == 1
     assert said in err
+
+
+def test_a_spent_limit_sends_no_vectors_to_another_model(build, upstream):
+    local = {"base_url": upstream.url, "api_key_env": "TEST_API_KEY", "speaks": ["embeddings"]}
+    usage = {"prompt_tokens": 20, "total_tokens": 20}
+    vectors = {"data": [{"index": 0, "embedding": [1.0]}], "usage": usage}
+    upstream.default = plain(200, json.dumps(vectors).encode())
+    client = build(upstreams={"local": local}, on_limit="cheap",
+                   categories=categories(code=limit(0.5)))  # fmt: skip
+
+    statuses = [client.post("/v1/embeddings", {"model": "router/code", "input": "a"}).status_code
+                for _ in range(3)]  # fmt: skip
+
+    assert statuses[-1] == 429
+    assert set(upstream.models_asked()) == {"acme/one"}
+
+
+def test_a_dry_run_is_of_the_client_that_asks(build, routes):
+    file = routes.parent / "clients"
+    file.write_text("".join(f"{name}: {key}\n" for name, key in KEYS.items()))
+    file.chmod(0o600)
+    client = build(ROUTER_API_KEY=OWN, ROUTER_CLIENTS_FILE=str(file), on_limit="cheap",
+                   clients={"laptop": limit(0.5)}, categories=categories())  # fmt: skip
+    key = {"Authorization": f"Bearer {KEYS['laptop']}"}
+    client.chat("python", headers=key)
+
+    dry = client.post("/route", {"text": "python"}, headers=key).json
+    answer = client.chat("python", headers=key)
+
+    assert (dry["category"], dry["mode"]) == ("cheap", "limit")
+    assert answer.headers["X-Router-Category"] == "cheap"

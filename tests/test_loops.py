@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from typing import Any
 
 import pytest
@@ -11,7 +12,10 @@ from formats import FORMATS
 from test_dialects import speaking
 from test_turns import SAID, body_of
 
+from parts.chat import read_chat
+from parts.dialects import RESPONSES
 from parts.loops import repeats
+from parts.turns import Turns
 
 EVERY = tuple(FORMATS)
 
@@ -136,3 +140,17 @@ def test_honest_work_is_never_taken_for_a_loop(name):
     counts = [repeats(honest(chance, name))[0] for _ in range(350)]
 
     assert max(counts) < 10
+
+
+def test_loops_without_a_persons_text_are_told_for_each_client(lines):
+    turns = Turns(time.monotonic)
+    calls = [{"type": "function_call", "call_id": f"c{n}", "name": "ls", "arguments": "{}"}
+             for n in range(12)]  # fmt: skip
+    items = [item for call in calls
+             for item in (call, {"call_id": call["call_id"], "output": "same"})]  # fmt: skip
+    chat = read_chat(json.dumps({"model": "router", "input": items}).encode(), RESPONSES)
+
+    for client in ("ann", "ben", "ben"):
+        turns.check_loop(turns.find(chat, "", client), None, "id")
+
+    assert sum("same_call_repeated" in line for line in lines) == 2
