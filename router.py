@@ -30,8 +30,8 @@ import json
 import logging
 import math
 import os
+import random
 import re
-import secrets
 import socket
 import sys
 import threading
@@ -75,7 +75,7 @@ from parts.classifier import (
 )  # fmt: skip
 from parts.clients import Clients
 from parts.command import main
-from parts.dialects import CHAT, DIALECT_AT, DIALECTS, Dialect, dialect_of, passed_on
+from parts.dialects import CHAT, DIALECT_AT, Dialect, dialect_of, passed_on
 from parts.errors import ClassifierError, Failure, RouterError, known_part, scrub
 from parts.exchange import MAX_ERROR, Endpoint, Reply, new_session, read_whole
 from parts.flights import NEVER, Flight, Flights
@@ -637,6 +637,9 @@ class Decision(NamedTuple):
     ignored: str = ""
 
 
+OUR_NAME = re.compile(r"\A(?:router/)+")
+
+
 class Chooser:
     """Puts a request into a category: what the client demands, then tools, then the text."""
 
@@ -647,7 +650,7 @@ class Chooser:
     def choose(self, chat: Chat, table: Table, flight: Flight) -> Decision:
         """The decision for one request; 404 for an unknown category, 422 for an unclear model."""
         wanted = table.meant(chat.body.get("model", ""))  # some clients put our name before each
-        name = re.sub(r"\A(?:router/)+", "", wanted)
+        name = OUR_NAME.sub("", wanted)
         if name in table.categories:
             return _decide(table, name, "explicit", "asked for by name")
         known = wanted if wanted in table.models else name
@@ -747,7 +750,7 @@ class Upstreams:
     def __init__(self, settings: Settings, session: requests.Session):
         self._settings = settings
         self._session = session
-        self._endpoints: dict[tuple[Upstream, str], Endpoint] = {}  # by what is asked there
+        self._endpoints: dict[Upstream, dict[str, Endpoint]] = {}  # by what is asked there
         self._refuses_usage: set[Upstream] = set()  # those that know no stream_options
         # upstream name -> since when it refuses our key, and when it last did by flight's clock
         self._refused: dict[str, tuple[str, float]] = {}
@@ -760,14 +763,14 @@ class Upstreams:
 
     def keys(self) -> list[str]:
         """Every key that has been sent; one read from a file may have been changed there since."""
-        return [endpoint.key for endpoint in list(self._endpoints.values())]
+        return [endpoint.key for each in list(self._endpoints.values())
+                for endpoint in list(each.values())]  # fmt: skip
 
     def has_key(self, upstream: Upstream) -> bool:
         """True when it can be called: it has its key, needs none, or the demo stands in."""
         if self._settings.demo or not upstream.api_key_env:
             return True
-        was_sent = any((upstream, dialect.endpoint) in self._endpoints for dialect in DIALECTS)
-        return was_sent or bool(self.key(upstream))
+        return upstream in self._endpoints or bool(self.key(upstream))
 
     def speaks(self, upstream: Upstream, dialect: Dialect) -> bool:
         """True when requests of `dialect` may go there; the demo stands in for all of them."""
@@ -775,8 +778,7 @@ class Upstreams:
 
     def open(self, model: Model, chat: Chat, flight: Flight, connect_s: float) -> Reply:
         """The reply of `model`, its head good and its body unread; or Failure, with it closed."""
-        where = model.upstream, chat.dialect.endpoint
-        endpoint = self._endpoints.get(where)
+        endpoint = self._endpoints.get(model.upstream, {}).get(chat.dialect.endpoint)
         if endpoint is None:
             base = "demo://upstream" if self._settings.demo else model.upstream.base_url
             try:
@@ -785,7 +787,7 @@ class Upstreams:
                                     dict(model.upstream.headers))  # fmt: skip
             except SettingsError as e:  # a proxy, met by an upstream that an edit brought
                 raise Failure("shortage", str(e)) from e
-            self._endpoints[where] = endpoint
+            self._endpoints.setdefault(model.upstream, {})[chat.dialect.endpoint] = endpoint
         usage = "ask" if model.upstream.usage_in_streams else "leave"
         usage = "drop" if model.upstream in self._refuses_usage else usage
         body = chat.for_model(model, usage)
@@ -897,18 +899,22 @@ class Call(Record):
         if self.decision:
             headers["X-Router-Category"] = self.category
             headers["X-Router-Mode"] = self.mode
-            headers["X-Router-Reason"] = quote(self.reason, safe=" ,.*()'", errors="replace")
+            headers["X-Router-Reason"] = _in_header(self.reason, " ,.*()'")
             if self.decision.ignored:
-                ignored = quote(self.decision.ignored, safe="/:", errors="replace")
-                headers["X-Router-Model-Ignored"] = ignored
+                headers["X-Router-Model-Ignored"] = _in_header(self.decision.ignored, "/:")
         attempt = self.answered_by or (self.attempts and self.attempts[-1])
         if attempt:
-            headers["X-Router-Model"] = quote(attempt.model.id, safe="/:")
+            headers["X-Router-Model"] = _in_header(attempt.model.id, "/:")
         if self.answered_by and not self.stream:
             cost = self.answered_by.cost_usd
             headers["X-Router-Cost-Usd"] = "unknown" if cost is None else f"{cost:.8f}"
             headers["X-Router-Cost-Source"] = self.answered_by.cost_source
         return headers
+
+
+@lru_cache(maxsize=256)  # most of them were told before
+def _in_header(text: str, safe: str) -> str:
+    return quote(text, safe=safe, errors="replace")
 
 
 class Router:
@@ -929,6 +935,7 @@ class Router:
         self.clients = Clients(settings.clients_file, own, clock)
         self.classifier = Classifier(self.upstreams.classify, clock)
         self.turns = Turns(clock)
+        self._ids = random.Random()  # noqa: S311  # nosec B311  names of requests, no secrets
         self.quotas = Quotas(clock)
         self.chooser = Chooser(self.classifier)
         self.rejections = log_rejections(settings.validation_log)
@@ -946,7 +953,8 @@ class Router:
         """A call that has yet to get its permit (`Flights.acquire`); `finish` must end it."""
         table, now = self.current_table(), self.clock()
         flight = Flight(client, self.clock, (now + UPLOAD_S, "client_left"))
-        return Call(secrets.token_hex(8), dialect=dialect.name, is_counted=dialect.is_counted,
+        id_ = f"{self._ids.getrandbits(64):016x}"
+        return Call(id_, dialect=dialect.name, is_counted=dialect.is_counted,
                     flight=flight, table=table, started=now)  # fmt: skip
 
     def choose(self, call: Call, chat: Chat, session: str = "") -> Decision:

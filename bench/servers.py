@@ -194,14 +194,14 @@ def constant(stage: Stage, name: str = "constant") -> Contestant:
     return ready(stage, Contestant(name, port, stage.start(gunicorn("answering:app"), folder)))
 
 
-def gunicorn(app: str) -> list[str]:
-    """The command for an app beside a gunicorn.conf.py."""
-    return [sys.executable, "-m", "gunicorn", "-c", "gunicorn.conf.py", app]
+def gunicorn(app: str, conf: str = "gunicorn.conf.py") -> list[str]:
+    """The command for an app; its settings are beside it, or where they are said to be."""
+    return [sys.executable, "-m", "gunicorn", "-c", conf, app]
 
 
 def router(
     stage: Stage, up: Contestant, checkout: Path, name: str = "router", wait: bool = True,
-    routes: dict[str, Any] | None = None, **env: str
+    routes: dict[str, Any] | None = None, conf: str = "gunicorn.conf.py", **env: str
 ) -> Contestant:  # fmt: skip
     """The router of a checkout, with one upstream and the shipped categories and keywords."""
     folder, port = stage.folder(name), free_port()
@@ -214,7 +214,7 @@ def router(
         "TEST_API_KEY": KEY,
         **env,
     }
-    pid = stage.start(gunicorn("wsgi:app"), folder, cwd=checkout, **settings)
+    pid = stage.start(gunicorn("wsgi:app", conf), folder, cwd=checkout, **settings)
     who = Contestant(name, port, pid, model="router")
     return ready(stage, who) if wait else who
 

@@ -12,7 +12,7 @@ import re
 from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,22 +49,24 @@ class Chat:
     choices: int = 1  # how many answers it wants
     category: Any = None  # table.Category that it was put into
     must_be_json: bool = False  # it asks for JSON, and the category wants that checked
-
-    @cached_property
-    def wants_usage(self) -> bool:
-        """True when the client asked for the usage chunk of a stream itself."""
-        options = self.body.get("stream_options")
-        return isinstance(options, dict) and bool(options.get("include_usage"))
+    # What `note_wishes` finds in the body:
+    tools_offered: int = 0  # how many a model may call
+    tool_choice: str = "auto"  # none of them may be called, one must be (`required`), or `auto`
+    wants_tools: bool = False  # a model may be expected to call one
+    wants_images: bool = False  # to see one
+    wants_usage: bool = False  # the client asked for the usage chunk of a stream itself
 
     def note_wishes(self) -> None:
-        """Work out what is asked of a model, for when messages and tools are forgotten."""
-        _ = self.tool_choice, self.wants_tools, self.wants_images, self.wants_usage
-        n = self.body.get("n")
+        """Work out what is asked of a model; messages and tools are forgotten soon after."""
+        n, options = self.body.get("n"), self.body.get("stream_options")
         self.choices = n if isinstance(n, int) and 1 < n <= 128 else 1
+        self.wants_usage = isinstance(options, dict) and bool(options.get("include_usage"))
+        self.tools_offered, self.tool_choice = self._tools_offered(), self._tool_choice()
+        self.wants_tools = bool(self.tools_offered) and self.tool_choice != "none"
+        self.wants_images = self._wants_images()
 
-    @cached_property
-    def tools_offered(self) -> int:
-        """How many tools a model may call; `functions` is what they were called until 2023.
+    def _tools_offered(self) -> int:
+        """How many; `functions` is what they were called until 2023.
 
         Codex puts some of them into groups, a `namespace` each.
         """
@@ -74,21 +76,13 @@ class Chat:
         grouped = sum(map(len, groups)) - len(groups)
         return len(tools) + grouped + (len(functions) if isinstance(functions, list) else 0)
 
-    @cached_property
-    def tool_choice(self) -> str:
-        """Of the tools offered: none may be called, one must be (`required`), or `auto`."""
+    def _tool_choice(self) -> str:
         for name in ("tool_choice", "function_call"):
             if name in self.body and (choice := _choice(self.body[name])) != "auto":
                 return choice
         return "auto"
 
-    @cached_property
-    def wants_tools(self) -> bool:
-        """True when a model may be expected to call a tool."""
-        return bool(self.tools_offered) and self.tool_choice != "none"
-
-    @cached_property
-    def wants_images(self) -> bool:
+    def _wants_images(self) -> bool:
         """True when a message holds a picture, or a file, which is shown as pictures of its pages.
 
         Anthropic's `image` may stand in what a tool gave back, one level below; what a tool gave
@@ -183,7 +177,9 @@ def _choice(value: Any) -> str:
 def read_body(request: flask.Request) -> bytes:
     """The request body; RouterError 413 when it is too large, 499 when it was cut short."""
     most = request.max_content_length or 0  # one more than allowed: werkzeug cuts chunked bodies
-    length = request.content_length
+    told = request.environ.get("CONTENT_LENGTH", "")
+    framed = "HTTP_TRANSFER_ENCODING" in request.environ or not told.isdecimal()
+    length = request.content_length if framed else int(told)
     try:
         if length is not None and length < most:  # the usual case, without werkzeug's wrappers
             data = request.environ["wsgi.input"].read(length)

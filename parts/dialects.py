@@ -18,6 +18,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 from parts.chat import is_parts
@@ -592,9 +593,9 @@ class Dialect:
         return (
             is_turns(body.get("messages"))
             and has_usual_members(body)
-            and isinstance(options, dict | None)
-            and isinstance((options or {}).get("include_usage"), bool | None)
-            and isinstance(body.get("tool_choice"), str | dict | None)
+            and isinstance(options, (dict, NoneType))
+            and isinstance((options or {}).get("include_usage"), (bool, NoneType))
+            and isinstance(body.get("tool_choice"), (str, dict, NoneType))
         )
 
     def belongs_to(self, body: Mapping[str, Any]) -> str:
@@ -655,8 +656,8 @@ class Messages(Dialect):
         return (
             is_turns(body.get("messages"))
             and has_usual_members(body)
-            and (isinstance(body.get("system"), str | None) or is_parts(body["system"]))
-            and isinstance(body.get("tool_choice"), dict | None)
+            and (isinstance(body.get("system"), (str, NoneType)) or is_parts(body["system"]))
+            and isinstance(body.get("tool_choice"), (dict, NoneType))
         )
 
     def belongs_to(self, body: Mapping[str, Any]) -> str:
@@ -760,7 +761,7 @@ class Responses(Dialect):
                 or ("prompt" in body and "input" not in body)
             )
             and has_usual_members(body)
-            and isinstance(body.get("tool_choice"), str | dict | None)
+            and isinstance(body.get("tool_choice"), (str, dict, NoneType))
         )
 
     def belongs_to(self, body: Mapping[str, Any]) -> str:
@@ -858,8 +859,8 @@ def has_usual_members(body: Mapping[str, Any]) -> bool:
     tools = body.get("tools")
     return (
         isinstance(body.get("model", ""), str)
-        and isinstance(body.get("stream"), bool | None)
-        and isinstance(tools, list | None)
+        and isinstance(body.get("stream"), (bool, NoneType))
+        and isinstance(tools, (list, NoneType))
         and {*map(type, tools or ())} <= {dict}
     )
 

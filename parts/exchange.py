@@ -58,6 +58,7 @@ AGE_S = 600.0  # nor one that is older
 SILENCE_S = 3.0  # the least that a used connection may say nothing, before a fresh one is tried
 Pieces = Sequence[bytes | memoryview]  # of a request's body
 
+LENGTH = re.compile("0{0,99}[0-9]{1,15}")
 HEX = re.compile(rb"[0-9a-fA-F]{1,15}(?=[ \t]*(?:;|$))")
 TRAILER, BROKEN = -1, -2  # instead of a number of bytes: after the last chunk; no chunk at all
 HEAD_END = re.compile(rb"\r?\n\r?\n")
@@ -138,7 +139,7 @@ class Reply:
             raise Failure("not_an_answer", "a transfer coding that was not asked for")
         if told is not None and not self.chunked:
             told, *others = dict.fromkeys([value.strip() for value in told.split(",")])
-            if others or not re.fullmatch("0{0,99}[0-9]{1,15}", told):
+            if others or not LENGTH.fullmatch(told):
                 raise Failure("not_an_answer", "a length that is none")
             self.length = int(told)
         if self.status_code in (204, 304):

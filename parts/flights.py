@@ -144,7 +144,7 @@ class Flights:
                 watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
                 watcher.start()  # which may fail: then the next flight tries again
                 self._watcher = watcher
-            if len(self._air) == 1:
+            if not self._busy.is_set():
                 self._busy.set()
 
     def release(self, flight: Flight) -> None:
@@ -154,8 +154,6 @@ class Flights:
         with self._lock:
             self._uncounted -= flight in self._air and not flight.counted
             self._air.discard(flight)
-            if not self._air:
-                self._busy.clear()
 
     def _watch(self) -> None:
         while True:
@@ -170,6 +168,8 @@ class Flights:
         """End every flight whose client left or whose deadline passed."""
         with self._lock:
             air = list(self._air)
+            if not air:
+                self._busy.clear()
         left, now = clients_that_left(air), self._clock()
         for flight in air:
             due = flight.due

@@ -29,12 +29,12 @@ class Walk:
         category = call.chat.category
         self._call, self._every_s = call, 0.0
         self._raised: BaseException | None = None
-        self._done = threading.Event()
         self.relay: Any = None
         keepalive_s = category.keepalive_s if call.stream and category else None
         if keepalive_s is None:
             self.relay = walk()
             return
+        self._done = threading.Event()
         try:
             threading.Thread(target=self._run, args=(walk,), name="walk", daemon=True).start()
         except RuntimeError:  # no thread can be had: rather no signs of life than no answer

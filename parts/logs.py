@@ -49,18 +49,23 @@ class EventFormatter(logging.Formatter):
         for key, value in entry.items():
             if value is None or value == "" or value == []:  # which tell nothing
                 continue
+            if type(value) in NUMBERS:
+                said.append(f"{key}={value}")
+                continue
             if isinstance(value, list):
                 value = ",".join([f"{item['model']}:{item['outcome']}" for item in value])
-            elif isinstance(value, bool):
-                value = "true" if value else "false"
-            text = str(value)
-            plain = isinstance(value, int | float) or PLAIN.fullmatch(text)
-            said.append(f"{key}={text if plain else _quoted(text)}")
+            said.append(_field(key, value if isinstance(value, bool) else str(value)))
         return " ".join(said)
 
 
+NUMBERS = (int, float)
 PLAIN = re.compile(r"[!#-<>-~]*")  # printable ASCII without blank, quote and equals sign
-_quoted = lru_cache(maxsize=256)(json.dumps)  # reasons, most of them told before
+
+
+@lru_cache(maxsize=512)  # nearly all but ids were told before
+def _field(key: str, value: bool | str) -> str:
+    plain = isinstance(value, str) and PLAIN.fullmatch(value)
+    return f"{key}={value if plain else json.dumps(value)}"
 
 
 class EventLogger(logging.Logger):

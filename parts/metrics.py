@@ -81,13 +81,21 @@ def usage_of(body: Mapping[str, Any]) -> dict[str, Any]:
 
 def _number(value: Any) -> float | None:
     """A number from 0 on, also one that came as a text; None when it is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
         number = float(value)
     except (ValueError, OverflowError):
         return None
     return number if 0 <= number < math.inf else None
+
+
+def _at(usage: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    """What stands at `path`, of one or two keys; None when nothing does."""
+    value = usage.get(path[0])
+    if len(path) == 1:
+        return value
+    return value.get(path[1]) if isinstance(value, dict) else None
 
 
 def _count(usage: Mapping[str, Any], paths: tuple[tuple[str, ...], ...]) -> int | None:
@@ -97,9 +105,7 @@ def _count(usage: Mapping[str, Any], paths: tuple[tuple[str, ...], ...]) -> int 
     """
     largest, is_there = -1, False
     for path in paths:
-        value: Any = usage
-        for key in path:
-            value = value.get(key) if isinstance(value, dict) else None
+        value = _at(usage, path) if path[0] in usage else None
         if value is None:
             continue
         is_there = True
@@ -136,10 +142,7 @@ def _told_usd(usage: Mapping[str, Any]) -> float | None:
         return None
     usd = None
     for path in USD:
-        value: Any = usage
-        for key in path:
-            value = value.get(key) if isinstance(value, dict) else None
-        usd = _number(value) if usd is None else usd
+        usd = _number(_at(usage, path)) if usd is None else usd
     ticks = _number(usage.get("cost_in_usd_ticks"))
     if usd is None and ticks is not None:
         usd = ticks * XAI_TICK_USD
@@ -150,8 +153,12 @@ def _told_usd(usage: Mapping[str, Any]) -> float | None:
     return usd if usd is not None and usd < MOST_USD else None
 
 
-def cost_of(model: Model, usage: Mapping[str, Any]) -> tuple[float | None, str]:
-    """USD and where the figure comes from: upstream, routes.json, free, or (None, unknown)."""
+def cost_of(model: Model, usage: Mapping[str, Any],
+            tokens: Mapping[str, int]) -> tuple[float | None, str]:  # fmt: skip
+    """USD and where the figure comes from: upstream, routes.json, free, or (None, unknown).
+
+    `tokens` are the counts of `usage`.
+    """
     told = _told_usd(usage)
     if told is not None:
         return told, "upstream"
@@ -160,7 +167,6 @@ def cost_of(model: Model, usage: Mapping[str, Any]) -> tuple[float | None, str]:
     price = model.cost
     if price is None or not usage or _count(usage, OUTPUT) is None:
         return None, "unknown"
-    tokens = token_counts(usage)
     if not tokens["input"]:
         return None, "unknown"  # no prompt has no tokens: what came could not be read
     usd = (tokens["input"] - tokens["cached"]) * price["input"] + tokens["output"] * price["output"]
@@ -186,7 +192,7 @@ class Attempt:
         """Note what it used and what that cost."""
         if usage is not self.usage:
             self.usage, self.tokens = usage, token_counts(usage)
-            self.cost_usd, self.cost_source = cost_of(self.model, usage)
+            self.cost_usd, self.cost_source = cost_of(self.model, usage, self.tokens)
 
     def summary(self) -> dict[str, Any]:
         """For `error.attempts` and the recent requests."""

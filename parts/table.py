@@ -78,6 +78,10 @@ class Upstream:
     speaks: tuple[str, ...] = ("chat",)  # of the dialects
     headers: tuple[tuple[str, str], ...] = ()  # sent with each request
 
+    def __hash__(self) -> int:
+        """Of its URL alone: the way of a request asks for it several times."""
+        return hash(self.base_url)
+
 
 @dataclass(frozen=True)
 class Model:

@@ -5,15 +5,13 @@ of a tool. Whoever made the step before has the prompt in its cache, and alone c
 thinking signatures or encrypted reasoning. No session is needed: a turn is known by who asks, by
 its session's header or else by how the conversation begins, and by the person's last text.
 
-What is kept is hashes, made with a secret of this process, with the model, the category and a time;
-no text. All of it is in memory and bounded.
+What is kept is hashes, which mean nothing outside of this process, with the model, the category and
+a time; no text. All of it is in memory and bounded.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -31,14 +29,15 @@ BY_TEXT = ("keywords", "ollama", "continuation", "default", "sticky")
 # Claude Code's (a subagent has the second, too), Codex', and one for anybody.
 SESSION_HEADERS = ("x-claude-code-session-id", "x-claude-code-agent-id", "session-id",
                    "x-session-id")  # fmt: skip
+SESSION_KEYS = tuple(f"HTTP_{name.upper().replace('-', '_')}" for name in SESSION_HEADERS)
 
 
 @dataclass(frozen=True)
 class Turn:
     """Where a request stands in its conversation."""
 
-    key: bytes = b""  # of the turn; b"" when no person said anything
-    conversation: bytes = b""
+    key: int = 0  # of the turn; 0 when no person said anything
+    conversation: int = 0
     is_step: bool = False  # an answer or a tool's result stands behind the person's last text
     goes_on: bool = False  # something was answered in it before
     continues: str = ""  # the id of what the upstream keeps that this goes on with
@@ -62,7 +61,6 @@ class Turns:
 
     def __init__(self, clock: Callable[[], float]):
         self._clock = clock
-        self._secret = os.urandom(16)
         self._made = Lru(MOST)  # id of a response or conversation -> the model that made it
         self._turns = Lru(MOST)  # Turn.key -> Kept
         self._conversations = Lru(MOST)  # Turn.conversation -> Kept
@@ -77,20 +75,15 @@ class Turns:
         last, said = next(found, (-1, ""))
         count, tool = repeats(turns[last + 1 :])
         if last < 0:
-            nobody = self._hash("conversation", client, session, "")
+            nobody = hash_of("conversation", client, session)
             return Turn(conversation=nobody, continues=continues, repeats=count, tool=tool)
         first = next((text for turn in turns[:last] if (text := said_in(dialect, turn))), said)
         behind = any(map(is_answer, turns[last + 1 :]))
         return Turn(
-            self._hash("turn", client, session or first, said),
-            self._hash("conversation", client, session, first),
+            hash_of("turn", client, session or first, said),
+            hash_of("conversation", client, session, first),
             behind, behind or any(map(is_answer, turns[:last])), continues, count, tool,
         )  # fmt: skip
-
-    def _hash(self, *parts: str) -> bytes:
-        text = "".join(f"{len(part)}:{part[:2000]}{part[-2000:]}" for part in parts)
-        data = text.encode(errors="surrogatepass")
-        return hashlib.blake2b(data, digest_size=16, key=self._secret).digest()
 
     def keep(self, turn: Turn, decision: Any, table: Any, decide: Callable[..., Any],
              sure: float) -> Any:  # fmt: skip
@@ -160,6 +153,11 @@ class Turns:
                 self._conversations.put(turn.conversation, kept)
 
 
+def hash_of(*parts: str) -> int:
+    """Python's own hash, which has another secret in each process; a tenth of a digest's time."""
+    return hash(tuple([(len(part), part[:2000], part[-2000:]) for part in parts]))
+
+
 def said_in(dialect: Any, turn: Any) -> str:
     """What a person says in one turn of the conversation, or ''."""
     if not isinstance(turn, dict) or turn.get("role") != "user":
@@ -187,6 +185,5 @@ def first_of(model: Any, chain: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def session_of(environ: Mapping[str, Any]) -> str:
     """What the client itself calls its session, or ''."""
-    keys = ("HTTP_" + name.upper().replace("-", "_") for name in SESSION_HEADERS)
-    found = [str(environ.get(key, ""))[:200] for key in keys]
+    found = [environ.get(key, "")[:200] for key in SESSION_KEYS]
     return "\n".join(found) if any(found) else ""

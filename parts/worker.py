@@ -129,6 +129,7 @@ ORDINARY = re.compile(
     rb"((?:[A-Za-z0-9-]{1,64}:[\t\x20-\x7e\x80-\xff]*\r\n)*)\r\n",
     re.ASCII,
 )
+LENGTH = re.compile("[0-9]{1,18}")
 MAX_ORDINARY = 4094  # bytes of such a head; no line in it can pass gunicorn's limits
 TO_GUNICORN = {"TRANSFER_ENCODING", "EXPECT", "UPGRADE", "HTTP2_SETTINGS"}
 
@@ -194,7 +195,7 @@ def read_ordinary(data: bytes, end: int, base: dict[str, Any], most: int) -> Ord
         environ[key] = value.strip(" \t")
     length = environ.get("CONTENT_LENGTH", "0")
     connection = environ.get("HTTP_CONNECTION", "keep-alive").lower()
-    if not re.fullmatch("[0-9]{1,18}", length) or connection not in ("keep-alive", "close"):
+    if not LENGTH.fullmatch(length) or connection not in ("keep-alive", "close"):
         return None
     return Ordinary(environ, int(length), connection == "close") if len(lines) <= most else None
 

@@ -54,7 +54,7 @@ def table(client):
     ],
 )  # fmt: skip
 def test_cost_and_its_source(model, usage, wanted):
-    usd, source = cost_of(model, usage)
+    usd, source = cost_of(model, usage, token_counts(usage))
 
     assert (usd if usd is None else round(usd, 12), source) == wanted
 
@@ -134,7 +134,7 @@ COSTS = {
 
 @pytest.mark.parametrize(("usage", "usd"), COSTS.values(), ids=COSTS)
 def test_a_cost_that_an_upstream_tells_is_read(usage, usd):
-    told, source = cost_of(PRICED, usage)
+    told, source = cost_of(PRICED, usage, token_counts(usage))
 
     assert (round(told or 0, 9), source) == (usd, "upstream")
 
@@ -147,7 +147,7 @@ def test_a_cost_that_an_upstream_tells_is_read(usage, usd):
      {"prompt_tokens": "many", "completion_tokens": 3}, {"cost": {}, "prompt_tokens": True}],
 )  # fmt: skip
 def test_usage_that_cannot_be_read_is_of_unknown_cost_and_never_free(usage):
-    assert cost_of(PRICED, usage) == (None, "unknown")
+    assert cost_of(PRICED, usage, token_counts(usage)) == (None, "unknown")
 
 
 @pytest.mark.parametrize(

@@ -401,6 +401,7 @@ def test_usage_in_streams_false_says_it_beforehand(tmp_path, upstream):
 def test_the_body_is_changed_no_more_than_it_has_to_be(text, usage, wanted):
     data = f"{{{text}}}".encode()
     chat = chat_of(data, *parse_object(data), CHAT)
+    chat.note_wishes()
 
     sent = b"".join(
         chat.for_model(table.Model("m", table.Upstream("u", "http://u")), usage)

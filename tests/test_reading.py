@@ -97,6 +97,7 @@ SOUND = {"type": "input_audio", "input_audio": {"data": "A" * 50_000}}
 @pytest.mark.parametrize("content", [[URL], [SOUND], "\u0436" * 700])
 def test_what_is_no_text_and_other_letters_do_not_count_as_more_than_they_are(content):
     chat = chat_in(json.dumps({"messages": [{"role": "user", "content": content}]}))
+    chat.note_wishes()
 
     assert chat.wants_images == (content == [URL])
     assert not chat.is_longer_than(100)

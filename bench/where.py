@@ -1,0 +1,220 @@
+"""Where the router's CPU time goes: one chat by part, and one event of a stream.
+
+    python bench/where.py [--seconds N] [--body small|agent] [--router DIR] [--connections N]
+
+A real gunicorn serves wrk, or streams; in its worker each function below is wrapped, so that the
+CPU time of a thread counts for the innermost of them that runs. What the wrapping itself costs,
+some 2 us each, is in the figures; so the whole without it stands beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import servers
+import streams
+from load import agent_body, need_wrk, small_body, wrk
+from processes import Stage, cpu_seconds, settle
+from servers import Contestant
+
+HERE = Path(__file__).resolve().parent
+Spent = tuple[dict[str, float], float, float]  # us by part, the whole while traced, without tracing
+CHAT = {  # part: the functions of it, as module:name or module:class.name
+    "connection: wake, park": ("worker:Direct.serve_one",),
+    "head of the request": ("worker:Parser.has_head",),
+    "guard": ("router:guard",),
+    "body, JSON": ("router:read_body", "router:read_chat"),
+    "choosing": ("router:Chooser.choose",),
+    "turn": ("router:Turns.find", "router:Turns.keep", "router:Turns.note"),
+    "walk": ("router:Router.walk",),
+    "body for the model": ("router:Chat.for_model",),
+    "exchange": ("router:Endpoint.send",),
+    "answer: read, judged": ("router:Relay.prepare",),
+    "the way and the response": ("router:serve_chat",),
+    "response: head, sending": ("worker:Unhurried.start_response", "worker:Unhurried.write",
+                                "worker:Unhurried.close"),
+    "record": ("router:Router.finish",),
+    "log line": ("logging:Logger.handle",),
+    "history": ("router:History.add", "router:History._write", "router:History._tell_limits"),
+}  # fmt: skip
+EVENT = {
+    "wait and wake": ("parts.carrier:Carrier._round",),
+    "receive and send": ("parts.carrier:Carried.hand_on", "parts.carrier:Carried.move"),
+    "like the last one?": ("parts.relay:Relay._same",),
+    "read and judged": ("parts.relay:Relay._receive",),
+}
+CONF = """
+import sys
+__file__ = {conf!r}
+exec(compile(open(__file__).read(), __file__, "exec"))
+sys.path.append({here!r})
+_initialised = post_worker_init
+def post_worker_init(worker):
+    import where
+    _initialised(worker)
+    where.trace({parts!r}, type(worker), {out!r})
+"""
+
+
+# --- in the worker -------------------------------------------------------------------------------
+
+
+class Parts(threading.local):
+    """What one thread has spent, in ns, by part."""
+
+    def __init__(self, everybody: list[Counter[str]]) -> None:
+        self.part, self.at, self.spent = "", 0, Counter[str]()
+        everybody.append(self.spent)
+
+
+def traced(function: Callable[..., Any], part: str, mine: Parts) -> Callable[..., Any]:
+    """`function`, with its CPU time counted for `part`."""
+    now = time.thread_time_ns
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        before = mine.part
+        at = now()
+        mine.spent[before] += at - mine.at
+        mine.part, mine.at = part, at
+        try:
+            return function(*args, **kwargs)
+        finally:
+            at = now()
+            mine.spent[part] += at - mine.at
+            mine.part, mine.at = before, at
+
+    return wrapper
+
+
+def trace(parts: dict[str, tuple[str, ...]], worker: Any, out: str) -> None:
+    """Wrap the functions of `parts`, and write what was spent to `out`, twice a second."""
+    everybody: list[Counter[str]] = []
+    mine = Parts(everybody)
+    for part, functions in parts.items():
+        for function in functions:
+            module, _, name = function.partition(":")
+            # gunicorn.conf.py loads the worker's file itself: no module has its name.
+            here = worker.__init__.__globals__ if module == "worker" else vars(sys.modules[module])
+            owner, _, last = name.rpartition(".")
+            if owner:
+                setattr(here[owner], last, traced(getattr(here[owner], last), part, mine))
+            else:
+                here[last] = traced(here[last], part, mine)
+
+    def tell() -> None:
+        while True:
+            time.sleep(0.5)
+            Path(out).write_text(json.dumps(sum(everybody, Counter[str]())))
+
+    threading.Thread(target=tell, daemon=True).start()
+
+
+# --- outside -------------------------------------------------------------------------------------
+
+
+def router(stage: Stage, up: Contestant, args: argparse.Namespace,
+           parts: dict[str, tuple[str, ...]] | None) -> tuple[Contestant, Path]:  # fmt: skip
+    """The router, its functions wrapped where there are `parts`; and where it tells of them."""
+    folder = stage.folder("traced")
+    out, conf = folder / "spent.json", args.router / "gunicorn.conf.py"
+    if parts:
+        text = CONF.format(conf=str(conf), here=str(HERE), parts=parts, out=str(out))
+        conf = folder / "gunicorn.conf.py"
+        conf.write_text(text)
+    return servers.router(stage, up, args.router, conf=str(conf)), out
+
+
+def told(out: Path) -> Counter[str]:
+    """What was spent so far, a moment after the load."""
+    time.sleep(1.1)
+    return Counter(json.loads(out.read_text()))
+
+
+def of_chats(stage: Stage, args: argparse.Namespace) -> Spent:
+    """us of CPU a chat by part; the whole of the process while traced, and without that."""
+    up, body = servers.upstream(stage), {"small": small_body, "agent": agent_body}[args.body]
+    plain, _ = router(stage, up, args, None)
+    who, out = router(stage, up, args, CHAT)
+    rounds = []
+    for n in range(4):
+        for one in (plain, who):
+            before = told(out) if one is who else Counter()
+            load = wrk(one, body("router"), args.connections, args.seconds, stage.root)
+            count = load.rate * args.seconds
+            spent = told(out) - before if one is who else Counter()
+            if n:  # the first warms up
+                parts = {part: ns / 1e3 / count for part, ns in spent.items()}
+                rounds.append((one is who, load.cpu_ms * 1e3, parts))
+    return best(rounds)
+
+
+def of_events(stage: Stage, args: argparse.Namespace) -> Spent:
+    """The same of an event among 64 streams."""
+    up = streams.delaying_upstream(stage, 20)
+    plain, _ = router(stage, up, args, None)
+    who, out = router(stage, up, args, EVENT)
+    rounds = []
+    for n in range(3):
+        for one in (plain, who):
+            before = told(out) if one is who else Counter()
+            cpu = cpu_seconds(one.pid)
+            events = json.loads(streams.ask(one, 64, 100, 200, 60).communicate()[0])["events"]
+            cpu = cpu_seconds(one.pid) - cpu
+            settle(one.pid)
+            spent = told(out) - before if one is who else Counter()
+            if n:
+                parts = {part: ns / 1e3 / events for part, ns in spent.items()}
+                rounds.append((one is who, cpu * 1e6 / events, parts))
+    return best(rounds)
+
+
+def best(rounds: list[tuple[bool, float, dict[str, float]]]) -> Spent:
+    """The rounds that were disturbed least."""
+    plain = min(us for is_traced, us, _ in rounds if not is_traced)
+    whole, parts = min(((us, parts) for is_traced, us, parts in rounds if is_traced),
+                       key=lambda round_: round_[0])  # fmt: skip
+    return parts, whole, plain
+
+
+def say(title: str, names: dict[str, Any], parts: dict[str, float], whole: float,
+        plain: float) -> None:  # fmt: skip
+    """One table."""
+    print(f"\n{title}")
+    known = 0.0
+    for name in names:
+        known += parts.get(name, 0.0)
+        print(f"  {name:28}{parts.get(name, 0.0):7.1f}")
+    print(f"  {'threads, kernel, the rest':28}{whole - known:7.1f}")
+    print(f"  {'together':28}{whole:7.1f}\n  {'without tracing':28}{plain:7.1f}")
+
+
+def main() -> int:
+    """Measure and print both tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--seconds", type=int, default=3)
+    parser.add_argument("--connections", type=int, default=1)
+    parser.add_argument("--body", choices=("small", "agent"), default="small")
+    parser.add_argument("--router", type=Path, default=HERE.parent)
+    parser.add_argument("--only", choices=("chat", "event"))
+    args = parser.parse_args()
+    args.router = args.router.resolve()
+    need_wrk()
+    with Stage() as stage:
+        if args.only != "event":
+            title = f"one chat, {args.body} body, {args.connections} connection(s): us of CPU"
+            say(title, CHAT, *of_chats(stage, args))
+        if args.only != "chat":
+            say("one event of 64 streams, 20 ms apart: us of CPU", EVENT, *of_events(stage, args))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
