@@ -385,51 +385,79 @@ class Choice(NamedTuple):
     matched: tuple[Hit, ...] = ()
 
 
+class Index:
+    """Entries of categories by the words they begin with. A copy shares what it does not change."""
+
+    def __init__(self, other: Index | None = None):
+        self.exact: dict[str, tuple[Hit, ...]] = dict(other.exact) if other else {}
+        self.prefix: dict[str, tuple[Hit, ...]] = dict(other.prefix) if other else {}
+        # up to 3 letters -> how long the prefixes are
+        self.stems: dict[str, frozenset[int]] = dict(other.stems) if other else {}
+        # two words (or one) -> how many a phrase has
+        self.sizes: dict[str, frozenset[int]] = dict(other.sizes) if other else {}
+        # these, with a prefix at the end -> how long it is in all
+        self.lengths: dict[tuple[str, int], frozenset[int]] = dict(other.lengths) if other else {}
+
+    def add(self, name: str, entry: str, times: float = 1.0) -> None:
+        """One entry of category `name`, before those that begin with the same words."""
+        words, is_prefix, weight = parse_entry(entry)
+        key, size = " ".join(words), len(words)
+        hit = name, entry.partition("^")[0], weight * times
+        place = self.prefix if is_prefix else self.exact
+        hits = place.get(key, ())
+        if not weight or any(other[0] == name and other[2] >= hit[2] for other in hits):
+            return  # the same words in one category tell one thing
+        place[key] = (hit, *hits)
+        if size == 1:
+            if is_prefix:
+                self.stems[key[:3]] = self.stems.get(key[:3], frozenset()) | {len(key)}
+            return
+        head = words[0] if is_prefix and size == 2 else " ".join(words[:2])
+        self.sizes[head] = self.sizes.get(head, frozenset()) | {size}
+        if is_prefix:
+            at = head, size
+            self.lengths[at] = self.lengths.get(at, frozenset()) | {len(key)}
+
+    def drop(self, name: str, words: Sequence[str], is_prefix: bool) -> None:
+        """What category `name` says of these words."""
+        place, key = self.prefix if is_prefix else self.exact, " ".join(words)
+        if key in place:
+            place[key] = tuple([hit for hit in place[key] if hit[0] != name])
+
+
+@lru_cache(maxsize=2)  # to add them all takes 10 ms, and each edit of a keyword needs them
+def index_of(lists: tuple[tuple[str, tuple[str, ...]], ...]) -> Index:
+    """The built-in entries: (category, its entries)."""
+    index = Index()
+    for name, entries in lists:
+        for entry in entries:
+            index.add(name, entry)
+    return index
+
+
 class Keywords:
     """A routing table's keywords, ready to match: cost grows with the prompt, not the lists."""
 
     def __init__(self, lists: Mapping[str, Iterable[str]],
                  built_in: Mapping[str, Iterable[str]] = MappingProxyType({})):  # fmt: skip
         self.multipliers = {name: MULTIPLIERS.get(name, USER_MADE) for name in lists}
-        self._exact: dict[str, list[Hit]] = {}
-        self._prefix: dict[str, list[Hit]] = {}
-        self._stems: dict[str, set[int]] = {}  # up to 3 letters -> how long the prefixes are
-        self._sizes: dict[str, set[int]] = {}  # two words (or one) -> how many a phrase has
-        self._lengths: dict[tuple[str, int], set[int]] = {}  # these, with a prefix at the end
-        self._own: set[tuple[str, str]] = set()  # (category, entry) of a person's
         # Each step of a tool loop asks about the same text, each follow-up about the one before.
         self._remembered = lru_cache(maxsize=256)(self._match)
         self._single = lru_cache(maxsize=4096)(self._of_word)  # the same words come again and again
         self._builtin = {name for name in lists if name in BUILT_IN and built_in.get(name)}
+        self._own = {(name, entry.partition("^")[0]) for name in lists for entry in lists[name]}
+        self._index = Index(index_of(tuple(
+            (name, tuple(built_in[name])) for name in lists if built_in.get(name)
+        )))  # fmt: skip
         muted: list[tuple[str, str, bool]] = []
-        for name in sorted(lists, key=BUILT_IN.__contains__):  # user-made ones first: they win ties
-            own = {parse_entry(entry)[:2] for entry in lists[name]}
-            self._own |= {(name, entry.partition("^")[0]) for entry in lists[name]}
-            for entry in lists[name]:
-                self._add(name, entry, OWN if name in BUILT_IN else 1.0)
+        # User-made ones last, and so first of all that begin with the same words: they win ties.
+        for name in sorted(lists, key=BUILT_IN.__contains__, reverse=True):
             for words, is_prefix, weight in map(parse_entry, lists[name]):
+                self._index.drop(name, words, is_prefix)  # a person's weight counts
                 muted += [] if weight else [(name, " ".join(words), is_prefix)]
-            for entry in built_in.get(name, ()):
-                if not own or parse_entry(entry)[:2] not in own:  # a person's weight counts
-                    self._add(name, entry)
+            for entry in lists[name]:
+                self._index.add(name, entry, OWN if name in BUILT_IN else 1.0)
         self._learnt = learnt().without(muted) if self._builtin else None
-
-    def _add(self, name: str, entry: str, times: float = 1.0) -> None:
-        words, is_prefix, weight = parse_entry(entry)
-        key, size = " ".join(words), len(words)
-        hit = name, entry.partition("^")[0], weight * times
-        hits = (self._prefix if is_prefix else self._exact).setdefault(key, [])
-        if not weight or any(other[0] == name and other[2] >= hit[2] for other in hits):
-            return  # the same words in one category tell one thing
-        hits.append(hit)
-        if size == 1:
-            if is_prefix:
-                self._stems.setdefault(key[:3], set()).add(len(key))
-            return
-        head = words[0] if is_prefix and size == 2 else " ".join(words[:2])
-        self._sizes.setdefault(head, set()).add(size)
-        if is_prefix:
-            self._lengths.setdefault((head, size), set()).add(len(key))
 
     def find(self, words: Sequence[str]) -> dict[tuple[str, str], tuple[float, int]]:
         """(category, entry) -> (weight, place); of those that begin at one word the heaviest."""
@@ -449,7 +477,7 @@ class Keywords:
 
     def _hits(self, words: Sequence[str]) -> Iterator[tuple[int, Sequence[Hit]]]:
         """Each place where entries begin, with these."""
-        single, sizes = self._single, self._sizes
+        single, sizes = self._single, self._index.sizes
         pairs = [*map(" ".join, pairwise(words)), ""]
         for at, (word, pair) in enumerate(zip(words, pairs, strict=False)):
             hits = single(word)
@@ -461,20 +489,20 @@ class Keywords:
 
     def _of_word(self, word: str) -> Sequence[Hit]:
         """The entries that `word` alone matches; hardly any word does, so that is what is quick."""
-        exact, stems = self._exact, self._stems
+        exact, stems = self._index.exact, self._index.stems
         found = [stem for stem in (word[:3], word[:2], word[:1]) if stem in stems]
         if not found and word not in exact:
             return ()
         hits = list(exact.get(word, ()))
         for stem in dict.fromkeys(found):
             for length in stems[stem]:
-                hits += self._prefix.get(word[:length], ())
+                hits += self._index.prefix.get(word[:length], ())
         return hits
 
     def _phrase(self, gram: str, head: str, size: int) -> list[Hit]:
-        hits = list(self._exact.get(gram, ()))
-        for length in self._lengths.get((head, size), ()):
-            hits += self._prefix.get(gram[:length], ())
+        hits = list(self._index.exact.get(gram, ()))
+        for length in self._index.lengths.get((head, size), ()):
+            hits += self._index.prefix.get(gram[:length], ())
         return hits
 
     def match(self, text: str) -> Choice:
@@ -645,7 +673,7 @@ class Chooser:
 
     def __init__(self, classifier: Classifier):
         self._classifier = classifier
-        self._compiled: tuple[Table, Keywords, Continuations] | None = None
+        self._compiled: tuple[Table, Any, Keywords, Continuations] | None = None
 
     def choose(self, chat: Chat, table: Table, flight: Flight) -> Decision:
         """The decision for one request; 404 for an unknown category, 422 for an unclear model."""
@@ -704,16 +732,21 @@ class Chooser:
         return _by_words(table, choice, "keywords")
 
     def _words(self, table: Table) -> tuple[Keywords, Continuations]:
-        """The matcher for `table`, built once; two threads may build it at once, to no harm."""
+        """The matcher for `table`, built once; two threads may build it at once, to no harm.
+
+        It takes 10 ms, so an edit of anything but words keeps the one there is.
+        """
         compiled = self._compiled
         if compiled is None or compiled[0] is not table:
             lists = {name: category.lists for name, category in table.categories.items()}
-            built_in, own = [{name: found[n] for name, found in lists.items()} for n in (0, 1)]
-            follow_ups, more = lists_of(CONTINUATIONS, table.continuations)
-            compiled = self._compiled = (
-                table, Keywords(own, built_in), Continuations([*follow_ups, *more])
-            )  # fmt: skip
-        return compiled[1], compiled[2]
+            follow_ups = lists_of(CONTINUATIONS, table.continuations)
+            if compiled and compiled[1] == (lists, follow_ups):
+                matchers = compiled[2:]
+            else:
+                built_in, own = [{name: found[n] for name, found in lists.items()} for n in (0, 1)]
+                matchers = Keywords(own, built_in), Continuations([*follow_ups[0], *follow_ups[1]])
+            compiled = self._compiled = (table, (lists, follow_ups), *matchers)
+        return compiled[2:]
 
 
 def _by_tools(chat: Chat, table: Table) -> Decision | None:

@@ -1,6 +1,6 @@
 """How fast the router is beside what it could be compared with, all of it on this machine.
 
-    python bench/speed.py [--quick] [--only small,alone,agent,streams,memory,start,growth]
+    python bench/speed.py [--quick] [--only small,alone,agent,formats,streams,edits,board,...]
         [--rounds N] [--seconds S] [--pin] [--router DIR ...] [--env NAME=VALUE ...] [--json FILE]
 
 small    1 KB bodies, an upstream without delay, 16 connections
@@ -8,6 +8,8 @@ alone    the same on one connection: what a request costs in time
 agent    200 KB bodies (40 messages, 20 tools), 8 connections
 formats  1 KB bodies, 16 connections: the router in chat, Messages and Responses
 streams  many parallel streams of server-sent events: the delay of each event   (bench/streams.py)
+edits    the same while routes.json is edited ten times a second
+board    added latency, streams held and memory as a public board has them   (bench/board.py)
 memory   PSS after load, and while streams are open         (bench/size.py)
 start    from the execution of gunicorn to the first answer                     (bench/size.py)
 growth   time per request over the sizes of things                              (bench/size.py)
@@ -35,6 +37,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import board
 import servers
 import size
 import streams
@@ -43,7 +46,8 @@ from load import Load, agent_body, in_format, need_wrk, small_body, wrk
 from processes import Stage, memory_mib
 from servers import Contestant
 
-CONTESTS = ("small", "alone", "agent", "formats", "streams", "memory", "start", "growth")
+CONTESTS = ("small", "alone", "agent", "formats", "streams", "edits", "board", "memory", "start",
+            "growth")  # fmt: skip
 QUICK = CONTESTS[:-1]
 ON_DEMAND = ("million",)  # takes 15 minutes
 LOADS = {  # contest: body, connections, who takes no part, who else does not in a quick run
@@ -226,6 +230,8 @@ def main() -> int:
         loads(stage, args, figures)
         for contest, run in (
             ("streams", streams.contest),
+            ("edits", streams.edits),
+            ("board", board.contest),
             ("memory", size.memory),
             ("start", size.start),
             ("growth", size.growth),

@@ -18,8 +18,12 @@ import bisect
 import gc
 import json
 import re
+import select
+import socket
 import sys
 import time
+from collections import deque
+from itertools import pairwise
 from statistics import median, quantiles
 from typing import Any
 
@@ -48,8 +52,8 @@ def framed(data: bytes) -> bytes:
 class Answering(asyncio.Protocol):
     """Answers each chat of a connection: whole at once, or `max_tokens` events `gap` s apart."""
 
-    def __init__(self, gap: float):
-        self.gap = gap
+    def __init__(self, gap: float, ticker: Ticker):
+        self.gap, self.ticker = gap, ticker
         self.buffer = bytearray()
         self.loop = asyncio.get_running_loop()
 
@@ -76,21 +80,45 @@ class Answering(asyncio.Protocol):
         self.send(0)
 
     def send(self, n: int) -> None:
-        """Write event `n`, and be called again for the next one on this stream's own schedule."""
+        """Write event `n`; the next one comes on this stream's own schedule."""
         if self.transport.is_closing():
             return
         if n == self.events:
             self.transport.write(framed(LAST) + framed(USAGE) + framed(DONE) + b"0\r\n\r\n")
             return
-        self.loop.call_at(self.began + (n + 1) * self.gap, self.send, n + 1)
+        self.ticker.add(self.began + (n + 1) * self.gap, self, n + 1)
         self.transport.write(framed(WORD % (n, time.monotonic_ns())))
+
+
+class Ticker:
+    """Whose turn is next. All streams have the same gap, so whoever is added last is last."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.waiting: deque[tuple[float, Answering, int]] = deque()
+
+    def add(self, at: float, stream: Answering, n: int) -> None:
+        """Have `stream` send its event `n` then."""
+        self.waiting.append((at, stream, n))
+        if len(self.waiting) == 1:
+            self.loop.call_at(at, self.tick)
+
+    def tick(self) -> None:
+        """Send what is due, then wait for the next."""
+        now = self.loop.time()
+        while self.waiting and self.waiting[0][0] <= now:
+            _, stream, n = self.waiting[0]
+            stream.send(n)
+            self.waiting.popleft()
+        if self.waiting:
+            self.loop.call_at(self.waiting[0][0], self.tick)
 
 
 async def serve(port: int, gap_ms: float) -> None:
     """Answer until terminated."""
-    loop = asyncio.get_running_loop()
+    loop, ticker = asyncio.get_running_loop(), Ticker()
     server = await loop.create_server(
-        lambda: Answering(gap_ms / 1000), "127.0.0.1", port, backlog=4096
+        lambda: Answering(gap_ms / 1000, ticker), "127.0.0.1", port, backlog=4096
     )
     await server.serve_forever()
 
@@ -98,36 +126,27 @@ async def serve(port: int, gap_ms: float) -> None:
 # --- client ------------------------------------------------------------------------------------
 
 
-class Listening(asyncio.BufferedProtocol):
-    """One stream: sends the request when connected and notes when which bytes came."""
+class Stream:
+    """One stream: what came of it, and when."""
 
-    buffer = memoryview(
-        bytearray(65536)
-    )  # one for all; a plain Protocol allocates 256 KB for each read
-
-    def __init__(self, request: bytes):
-        self.request = request
+    def __init__(self, port: int, request: bytes):
         self.arrivals: list[tuple[int, bytes]] = []
-        self.sent = 0
-        self.ended = asyncio.get_running_loop().create_future()
-
-    def connection_made(self, transport: Any) -> None:
-        self.transport = transport
+        self.sock = socket.create_connection(("127.0.0.1", port))
         self.sent = time.monotonic_ns()
-        transport.write(self.request)
+        self.sock.sendall(request)
+        self.sock.setblocking(False)
 
-    def get_buffer(self, _: int) -> memoryview:
-        return self.buffer
-
-    def buffer_updated(self, size: int) -> None:
-        data = bytes(self.buffer[:size])
+    def receive(self) -> bool:
+        """Take what has come; False when that was the last of it."""
+        try:
+            data = self.sock.recv(65536)
+        except OSError:
+            data = b""
         self.arrivals.append((time.monotonic_ns(), data))
-        if data.endswith(b"0\r\n\r\n"):  # the last chunk; JSON never ends like this
-            self.transport.close()
-
-    def connection_lost(self, _: Exception | None) -> None:
-        if not self.ended.done():
-            self.ended.set_result(None)
+        if data and not data.endswith(b"0\r\n\r\n"):  # the last chunk; JSON never ends like this
+            return True
+        self.sock.close()
+        return False
 
     def events(self) -> list[tuple[int, int, int]]:
         """(number, sent, received) of each event with content, in order."""
@@ -165,33 +184,47 @@ def unframed(raw: bytes) -> tuple[bytes, list[tuple[int, int]]]:
     return bytes(payload), places
 
 
-async def load(port: int, request: str, streams: int, events: int, spread_ms: float,
-               limit_s: float) -> dict[str, Any]:  # fmt: skip
+def load(port: int, request: str, streams: int, events: int, spread_ms: float,
+         limit_s: float, stall_ms: float) -> dict[str, Any]:  # fmt: skip
     """Open the streams one after the other over `spread_ms`, wait for all, take them apart."""
-    loop, used = asyncio.get_running_loop(), time.process_time()
-    began, clients = loop.time(), []
-    for n in range(streams):
-        await asyncio.sleep(max(0.0, began + n * spread_ms / 1000 / streams - loop.time()))
-        clients.append(Listening(request.encode()))
-        await loop.create_connection(lambda: clients[-1], "127.0.0.1", port)
-    await asyncio.wait([client.ended for client in clients], timeout=limit_s)
+    began, used = time.monotonic(), time.process_time()
+    clients: list[Stream] = []
+    open_: dict[int, Stream] = {}
+    poll = select.epoll()
+    while (len(clients) < streams or open_) and time.monotonic() < began + limit_s:
+        if len(clients) < streams:
+            wait_s = began + len(clients) * spread_ms / 1000 / streams - time.monotonic()
+            if wait_s <= 0:
+                clients.append(Stream(port, request.encode()))
+                open_[clients[-1].sock.fileno()] = clients[-1]
+                poll.register(clients[-1].sock, select.EPOLLIN)
+                continue
+        else:
+            wait_s = 0.1
+        for descriptor, _ in poll.poll(wait_s):
+            if not open_[descriptor].receive():
+                del open_[descriptor]
     used = (time.process_time() - used) * 1e3
-    found = sum_up(clients, events)
+    found = sum_up(clients, events, stall_ms)
     return {**found, "client_ms": used / max(1, found["events"])}
 
 
-def sum_up(clients: list[Listening], wanted: int) -> dict[str, Any]:
-    """Percentiles over all events and all first events, in ms."""
-    delays, firsts, marks = [], [], []
+def sum_up(clients: list[Stream], wanted: int, stall_ms: float) -> dict[str, Any]:
+    """Percentiles over all events and all first events, in ms; a longer pause is a stall."""
+    delays, firsts, marks, stalls = [], [], [], 0
     for client in clients:
         events = client.events()
+        stalls += sum(b[2] - a[2] > stall_ms * 1e6 for a, b in pairwise(events))
         delays += [(came - sent) / 1e6 for _, sent, came in events]
         firsts += [(events[0][2] - client.sent) / 1e6] if events else []
         if events:
             marks += [(client.sent, 1), (client.arrivals[-1][0], -1)]
     opened = 0
     open_at_once = [opened := opened + step for _, step in sorted(marks)]
-    cuts = quantiles(delays, n=100) if len(delays) > 1 else [float("nan")] * 99
+    cuts, late = (
+        quantiles(times, n=100) if len(times) > 1 else [float("nan")] * 99
+        for times in (delays, firsts)
+    )
     return {
         "streams": len(clients),
         "whole": sum(client.whole(wanted) for client in clients),
@@ -199,7 +232,11 @@ def sum_up(clients: list[Listening], wanted: int) -> dict[str, Any]:
         "open_at_once": max(open_at_once, default=0),
         "p50_ms": cuts[49],
         "p99_ms": cuts[98],
+        "most_ms": max(delays, default=float("nan")),
         "first_ms": median(firsts) if firsts else float("nan"),
+        "first_p99_ms": late[98],
+        "lost": wanted * len(clients) - len(delays),
+        "stalls": stalls,
     }
 
 
@@ -214,7 +251,7 @@ def main() -> int:
     if args.role == "serve":
         asyncio.run(serve(args.port, args.gap))
     else:
-        print(json.dumps(asyncio.run(load(**json.load(sys.stdin)))))
+        print(json.dumps(load(**json.load(sys.stdin))))
     return 0
 
 

@@ -1,6 +1,7 @@
 """Parallel streams through the contestants: how late each event is, and are all streams whole.
 
-The upstream and the client are processes of their own, bench/sse.py.
+The upstream and the client are processes of their own, bench/sse.py. `edits` measures the same
+while routes.json is edited ten times a second, and requests come that are put into categories.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import requests
 import servers
 from load import small_body
 from processes import LOADING, Stage, cpu_seconds, free_port, settle
@@ -36,8 +39,8 @@ def delaying_upstream(stage: Stage, gap_ms: float) -> Contestant:
     return servers.ready(stage, Contestant("direct", port, stage.start(command, folder, LOADING)))
 
 
-def ask(who: Contestant, streams: int, events: int, spread_ms: float,
-        limit_s: float) -> subprocess.Popen[str]:  # fmt: skip
+def ask(who: Contestant, streams: int, events: int, spread_ms: float, limit_s: float,
+        stall_ms: float = 1000) -> subprocess.Popen[str]:  # fmt: skip
     """Start a client process; its output is what `sum_up` found."""
     more = {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": events}
     body = small_body(who.model, **more)
@@ -50,7 +53,7 @@ def ask(who: Contestant, streams: int, events: int, spread_ms: float,
     )  # fmt: skip
     assert process.stdin
     given = {"port": who.port, "request": request, "streams": streams, "events": events,
-             "spread_ms": spread_ms, "limit_s": limit_s}  # fmt: skip
+             "spread_ms": spread_ms, "limit_s": limit_s, "stall_ms": stall_ms}  # fmt: skip
     process.stdin.write(json.dumps(given))
     process.stdin.close()
     process.stdin = None  # so that communicate() leaves it alone
@@ -97,6 +100,55 @@ def contest(stage: Stage, args: argparse.Namespace) -> tuple[Any, ...]:
         f"streams: {streams} streams of {events} events {gap:.0f} ms apart",
         *rows(figures),
     )
+
+
+EDITING = ("models", "keywords")  # what is edited; nothing at first
+
+
+def edits(stage: Stage, args: argparse.Namespace) -> tuple[Any, ...]:
+    """Figures and table: how late the latest of 16 streams' events is while the file is edited."""
+    up = delaying_upstream(stage, 20)
+    figures: dict[str, dict[str, Any]] = {}
+    for name, folder in args.routers.items():
+        who = servers.router(stage, up, folder, name, **args.env)
+        [file] = stage.root.glob(f"{name.replace('/', '-')}-*/routes.json")
+        turns: dict[str, list[float]] = {what: [] for what in ("nothing", *EDITING)}
+        for n in range(args.rounds + 1):
+            for what, mine in turns.items():
+                client = ask(who, 16, 150, 300, 30)
+                count = 0
+                while client.poll() is None:
+                    count += 1
+                    edit(file, what, count)
+                    text = f"write a python function, please ({count})"
+                    chat = {"model": "router", "messages": [{"role": "user", "content": text}]}
+                    requests.post(who.base + who.path, json=chat, timeout=10).raise_for_status()
+                    time.sleep(0.1)
+                latest = json.loads(client.communicate()[0])["most_ms"]
+                mine += [latest] if n else []  # the first warms up
+        stage.stop(who.pid)
+        figures[name] = {f"{what}_ms": median(mine) for what, mine in turns.items()}
+        figures[name] |= {f"{what}_each": mine for what, mine in turns.items()}
+    stage.stop(up.pid)
+    head = ["", *(f"{what} edited: latest event, ms" for what in ("nothing", *EDITING))]
+    shown = [[name, *(f"{row[f'{what}_ms']:.1f}" for what in ("nothing", *EDITING))]
+             for name, row in figures.items()]  # fmt: skip
+    return figures, "edits: 16 streams, routes.json edited ten times a second", head, shown
+
+
+def edit(file: Path, what: str, n: int) -> None:
+    """Another chain or another keyword in the file, as an editor writes it."""
+    if what == "nothing":
+        return
+    table = json.loads(file.read_text())
+    category = table["categories"]["code"]
+    if what == "models":
+        category["models"] = category["models"][::-1]
+    else:
+        category["keywords"] = [f"word{n}"]
+    new = file.with_suffix(".new")
+    new.write_text(json.dumps(table, indent=2))
+    new.replace(file)
 
 
 def rows(figures: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

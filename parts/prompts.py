@@ -357,6 +357,7 @@ def is_entry(entry: str) -> bool:
     return bool(parts and tokens_of(parts["words"][:100]))
 
 
+@lru_cache(maxsize=16_384)  # an edit of the file reads the built-in ones again
 def parse_entry(entry: str) -> tuple[tuple[str, ...], bool, float]:
     """(words, is a prefix, weight) of `two words`, `word*^2`; ValueError when it has no word."""
     parts = ENTRY.fullmatch(entry.strip())

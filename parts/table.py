@@ -551,9 +551,8 @@ def _doubts(table: Table, raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, .
     for name, category in table.categories.items():
         built_in, own = category.lists
         muted = {fold(entry[:-2]) for entry in own if entry.endswith("^0")}
-        entries = [fold(e.rpartition("^")[0] or e) for e in (*built_in, *own)]
-        for word in dict.fromkeys(word for word in entries if word not in muted):
-            if owners.setdefault(word, name) != name:
+        for word in dict.fromkeys((*_folded(tuple(built_in)), *_folded(tuple(own)))):
+            if word not in muted and owners.setdefault(word, name) != name:
                 both = (owners[word], name)
                 yield both, f"keyword {word!r} stands in {both[0]} and in {name}"
         if not any(category.lists) and name != table.default_category:
@@ -562,6 +561,11 @@ def _doubts(table: Table, raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, .
             if model.id not in raw.get("models", {}):
                 why = f"{model.id} of category {name} is not in `models`: no price, no context"
                 yield (name,), why
+
+
+@lru_cache(maxsize=16)  # the same lists come again with each edit of the file
+def _folded(entries: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple([fold(entry.rpartition("^")[0] or entry) for entry in entries])
 
 
 def _doubts_about_urls(raw: Mapping[str, Any]) -> Iterator[str]:

@@ -190,6 +190,24 @@ def test_a_text_is_matched_once_however_often_a_tool_loop_asks(monkeypatch):
     assert len(asked) == 1
 
 
+def test_an_edit_keeps_the_words_that_it_does_not_touch(upstream: Upstream, monkeypatch):
+    routes = small_routes(upstream.url)
+    chooser, read = module.Chooser(None), []
+    monkeypatch.setattr(module.Index, "add", lambda *entry: read.append(entry))
+
+    def words() -> tuple[object, object]:
+        return chooser._words(module.load_table(json.dumps(routes)))
+
+    first = words()
+    routes["categories"]["code"]["models"] = ["acme/two"]
+    assert words() == first
+    read.clear()
+    routes["categories"]["code"]["keywords"] = ["flux capacitor"]
+
+    assert words() != first
+    assert len(read) < 100  # a person's own; the thousands of built-in ones are there
+
+
 @hypothesis.given(st.text(st.sampled_from("abc.+#_ é-1'\nXY漢"), max_size=40))
 @hypothesis.settings(derandomize=True, database=None, deadline=None)
 def test_the_quick_way_to_words_finds_the_same_words(text):
