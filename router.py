@@ -481,7 +481,7 @@ class Keywords:
         pairs = [*map(" ".join, pairwise(words)), ""]
         for at, (word, pair) in enumerate(zip(words, pairs, strict=False)):
             hits = single(word)
-            for head in (word, pair):
+            for head in (word, pair) if word in sizes or pair in sizes else ():
                 for size in sizes.get(head, ()):
                     hits = [*hits, *self._phrase(" ".join(words[at : at + size]), head, size)]
             if hits:
