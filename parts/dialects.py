@@ -568,8 +568,9 @@ class Dialect:
     needs_choosing = True  # a category may be chosen by what was said
     adds_usage = True  # `stream_options` may be set
     # Sent while nothing else can be: no client shows it. OpenClaw's timer passes comments over.
+    # All that a chunk must have is there, empty: typed clients refuse one that lacks it.
     sign = (
-        b'data: {"object":"chat.completion.chunk",'
+        b'data: {"id":"","object":"chat.completion.chunk","created":0,"model":"",'
         b'"choices":[{"index":0,"delta":{},"finish_reason":null}]}\n\n'
     )
 
@@ -799,12 +800,15 @@ class Responses(Dialect):
         return status, e.body()
 
     def failed(self, e: RouterError, id_: str) -> bytes:
-        """Codex asks six times after a `server_error`, and shows our words of a bad prompt."""
+        """Codex asks six times after a `server_error`, and shows our words of a bad prompt.
+
+        OpenAI's SDKs raise what stands at the top, and know no failure of what never was created.
+        """
         final = (e.status < 500 and e.status != 429) or e.headers.get("x-should-retry") == "false"
         code = "invalid_prompt" if final else "server_error"
         error = {"code": code, "message": e.error["message"]}
         told = {"object": "response", "status": "failed", "error": error, "output": []}
-        return event_of("response.failed", sequence_number=0, response=told)
+        return event_of("response.failed", sequence_number=0, response=told, error=e.error)
 
 
 class Embeddings(Dialect):

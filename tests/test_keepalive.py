@@ -11,7 +11,7 @@ import weakref
 from typing import Any
 
 import pytest
-from formats import FORMATS
+from formats import FORMATS, read_events
 from helpers import connected, figures, head_of, in_flight, last_attempts, wait_until
 from test_dialects import SPEAKS_ALL
 from upstream import error, hang, pieces, slow
@@ -77,6 +77,16 @@ def test_a_slow_chain_shows_signs_of_life_and_fails_over_behind_them(
     assert last_attempts(service) == [("acme/one", "first_token"), ("acme/two", "success")]
 
 
+def test_a_chats_sign_has_all_that_strict_clients_want_of_a_chunk():
+    [chunk] = read_events(sign(FORMATS["chat"]))
+
+    assert {name: type(chunk[name]) for name in ("id", "model", "created", "choices")} == {
+        "id": str, "model": str, "created": int, "choices": list,
+    }  # fmt: skip
+    assert (chunk["id"], chunk["model"]) == ("", ""), "nothing is made up"
+    assert chunk["choices"] == [{"index": 0, "delta": {}, "finish_reason": None}]
+
+
 @pytest.mark.parametrize("form", FORMATS.values(), ids=EVERY)
 def test_silence_in_mid_answer_is_filled_too(service, upstream, form):
     upstream.default = pieces([*form.begun(["a "]), 1.5, *form.end()])
@@ -97,6 +107,7 @@ def test_when_nobody_answers_the_stream_ends_with_the_formats_error(service, ups
     told = form.read_stream(data)
     assert told.error.startswith("no model of conversation answered: acme/one failed")
     assert (told.text, told.complete) == ("", False)
+    assert read_events(data)[-1]["error"]["message"] == told.error, "where OpenAI's SDKs look"
     wait_until(lambda: in_flight(service) == 0)
     entry = figures(service)["recent_requests"][0]
     assert (entry["outcome"], entry["status"]) == ("failed", 500)
