@@ -67,6 +67,8 @@ STEPS = (
          PRIMARY KEY (day, category, model, client)) WITHOUT ROWID;
        CREATE TABLE about (ledger TEXT);
        INSERT INTO about VALUES (lower(hex(randomblob(8))))""",
+    # Without it SQLite walks all rows of one outcome for the few of a model that is seldom asked.
+    "CREATE INDEX by_both ON requests (model, outcome)",
 )
 
 
@@ -691,14 +693,16 @@ def tidy(db: sqlite3.Connection, days: int) -> bool:
     The sums of this month stay as long as a limit may ask for them.
     """
     now = time.time()
-    span = db.execute("SELECT MIN(seq), MAX(seq) FROM requests").fetchone()
-    surplus = (span[1] - span[0] + 1 - MOST_ROWS) if span[0] is not None else 0
+    # Two questions: asked for both at once, SQLite would read all rows, and the writing waits.
+    first, last = (db.execute(f"SELECT {end}(seq) FROM requests").fetchone()[0] or 0
+                   for end in ("MIN", "MAX"))  # fmt: skip
+    surplus = last - first + 1 - MOST_ROWS
     oldest = day_of(now - 86400 * days)
     with transaction(db):
         gone = db.execute(
             "DELETE FROM requests WHERE seq IN (SELECT seq FROM requests ORDER BY seq LIMIT ?) "
             "AND (time < ? OR seq < ?)",
-            (CHUNK, now - 86400 * days, (span[0] or 0) + surplus),
+            (CHUNK, now - 86400 * days, first + surplus),
         ).rowcount
         db.execute("DELETE FROM days WHERE day < ?", (min(oldest, day_of(now)[:7]),))
     if gone:

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -419,7 +420,7 @@ def test_a_file_of_an_older_version_is_brought_up_with_all_it_holds(
     newer = History(path)
 
     with contextlib.closing(sqlite3.connect(path)) as db:
-        assert db.execute("PRAGMA user_version").fetchone() == (2,)
+        assert db.execute("PRAGMA user_version").fetchone() == (len(history.STEPS),)
         assert db.execute("SELECT id, note FROM requests").fetchall() == [("id", None)]
     assert newer.figures("day") == kept.figures("day")
 
@@ -433,6 +434,38 @@ def test_figures_read_the_sums_and_no_row(tmp_path):
 
     assert asked
     assert not any("FROM requests" in sql for sql in asked)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A file of 5,000 rows: the first 10 of a model that was never asked again."""
+    with contextlib.closing(history.opened(tmp_path_factory.mktemp("many") / "usage.db")) as db:
+        row = history.Row(time.time(), "id", "chat", "code", "keywords", "new", "success", 200, 1,
+                          10, 10, 0, 0, 0.1, "upstream", None, 10.0, "")  # fmt: skip
+        history.insert(db, [row._replace(model="old") if n < 10 else row for n in range(5000)])
+        yield db
+
+
+def steps_of(db: sqlite3.Connection, work: Callable[[], Any]) -> int:
+    """How many hundred steps SQLite takes for it."""
+    steps: list[int] = []
+    db.set_progress_handler(lambda: steps.append(1), 100)  # `append` gives None: go on
+    work()
+    db.set_progress_handler(None, 0)
+    return len(steps)
+
+
+@pytest.mark.parametrize("model", ["", "old", "new", "none"])
+@pytest.mark.parametrize("outcome", ["", "success", "failed"])
+@pytest.mark.parametrize("before", [None, 4000])
+def test_any_filter_reads_the_rows_it_shows_and_no_others(many, model, outcome, before):
+    assert steps_of(many, lambda: history.last_rows(many, 10, model, outcome, before)) < 10
+
+
+def test_what_is_old_is_looked_for_without_reading_all(many, monkeypatch):
+    monkeypatch.setattr(history, "CHUNK", 10)
+
+    assert steps_of(many, lambda: history.tidy(many, 90)) < 10
 
 
 def test_the_thread_ends_when_nothing_comes_and_closes_the_file(client, file):
