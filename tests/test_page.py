@@ -486,6 +486,32 @@ def test_the_history_is_filtered_by_model_and_outcome(chromium: Any, spent: Serv
     page.wait("kept-says", "No such request")
 
 
+def test_an_answer_that_comes_after_a_newer_question_is_not_shown(
+    chromium: Any, spent: Service
+) -> None:
+    page = Page(chromium, spent.base)
+    page.wait("kept-says", "The last 3 requests")
+
+    page.driver.execute_script(
+        """const real = window.fetch, box = document.getElementById("by-outcome");
+        window.fetch = async (path, ...more) => {
+          const reply = await real(path, ...more);
+          if (path.includes("outcome=failed")) await new Promise(go => window.release = go);
+          return reply;
+        };
+        for (const value of ["failed", "success"]) {
+          box.value = value; box.dispatchEvent(new Event("change"));
+        }"""
+    )
+    page.wait("kept-says", "The last 3 requests")
+    waits.WebDriverWait(page.driver, 8).until(
+        lambda driver: driver.execute_script("return window.release && (release(), true)")
+    )
+    page.driver.execute_async_script("setTimeout(arguments[0], 100)")
+
+    assert "The last 3 requests" in page.text("kept-says")
+
+
 def test_every_outcome_has_words() -> None:
     said = (
         (ROOT / "parts/dashboard.html")
