@@ -180,7 +180,7 @@ def test_another_format_than_chat_is_named_and_what_was_cached(
     page = Page(chromium, service.base)
 
     page.wait("requests", "as Messages")
-    page.wait("models", "40 % of the input cached")
+    page.wait("models", "40 % of input cached")
 
 
 def test_latency_line_has_a_scale(open_page: Any, service: Service) -> None:
