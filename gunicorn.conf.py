@@ -154,7 +154,7 @@ def post_worker_init(worker):
     16 ms, and all streams wait; so it comes seldom, and whenever nothing is served (worker.py).
     """
     gc.freeze()
-    gc.set_threshold(700, 1000, 10)
+    gc.set_threshold(gc.get_threshold()[0], 1000, 10)
     stay_on_one_cpu(worker.cfg.address[0])
 
 

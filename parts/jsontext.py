@@ -208,7 +208,8 @@ def say_json_error(e: json.JSONDecodeError) -> str:
     if e.doc[e.pos : e.pos + 1] in ("/", "#"):
         return "JSON knows no comments"
     before = e.doc[: e.pos].rstrip()
-    if before.endswith(",") and e.doc[e.pos : e.pos + 1] in ("}", "]", ""):
+    at_end = before.endswith(",") and e.doc[e.pos : e.pos + 1] in ("}", "]", "")
+    if at_end or "trailing comma" in e.msg:  # Python 3.13 knows it, and points at the comma
         return "a comma too many before the end"
     return e.msg
 

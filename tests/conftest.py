@@ -20,7 +20,9 @@ from upstream import Upstream
 import router as module
 from parts.logs import EventFormatter
 
-hypothesis.settings.register_profile("same every time", derandomize=True, database=None)
+hypothesis.settings.register_profile(
+    "same every time", derandomize=True, database=None, deadline=None
+)
 hypothesis.settings.load_profile("same every time")
 
 __all__ = ["KEY", "ROOT", "Service", "free_port", "small_routes"]  # for the test files
