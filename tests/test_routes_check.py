@@ -51,7 +51,8 @@ def wrong(text: str) -> str:
 @pytest.mark.parametrize(
     ("text", "place"),
     [("", "line 1, column 1"), ("not json", "line 1, column 1"),
-     ('{\n  "a": 1,\n}', "a comma too many before the end"), ('{\n  "a": 1\n  "b": 2\n}', "line 3, column 3"),
+     ('{\n  "a": 1,\n}', "a comma too many before the end"),
+     ('{\n  "a": 1\n  "b": 2\n}', "line 3, column 3"),
      ('{"a": 1} x', "line 1, column 10"), ('{"a": "x\n"}', "line 1, column 9"),
      ('{"a": [1, 2}', "line 1, column 12"), ("{// comment\n}", "line 1, column 2")],
 )  # fmt: skip
