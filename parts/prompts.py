@@ -246,13 +246,13 @@ STAMP = re.compile(
 
 def clean(text: str) -> str:
     """What the user said in `text`, without what a client put around it; may be empty."""
-    return _cleaned(text) if len(text) <= SHORT else _cleaned.__wrapped__(text)
+    return _cleaned(text) if len(text) <= USUAL else _cleaned.__wrapped__(text)
 
 
-SHORT = 4096  # characters; what is short is asked about again, by each step of a turn
+USUAL = 32_768  # characters; each step of a turn asks about the same text, twice
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=128)
 def _cleaned(text: str) -> str:
     again = "previous active turn" in text or "Earlier unanswered user" in text
     signs = {sign for sign in "<[(#" if sign in text}
@@ -283,10 +283,15 @@ def machine_call(text: str, before: str = "") -> str:
 
     `before` is the text before it: opencode asks for a title, then repeats what was said.
     """
-    for what, mark, pattern in MACHINE:
-        if mark in text and pattern.match(text):
-            return what
+    if what := _machine(text) if len(text) <= USUAL else _machine.__wrapped__(text):
+        return what
     return "title" if before == "Generate a title for this conversation:" else ""
+
+
+@lru_cache(maxsize=128)
+def _machine(text: str) -> str:
+    found = (what for what, mark, pattern in MACHINE if mark in text and pattern.match(text))
+    return next(found, "")
 
 
 def strip_stamps(text: str) -> str:
