@@ -111,7 +111,8 @@ def edits(stage: Stage, args: argparse.Namespace) -> tuple[Any, ...]:
     figures: dict[str, dict[str, Any]] = {}
     for name, folder in args.routers.items():
         who = servers.router(stage, up, folder, name, **args.env)
-        [file] = stage.root.glob(f"{name.replace('/', '-')}-*/routes.json")
+        files = stage.root.glob(f"{name.replace('/', '-')}-*/routes.json")
+        file = max(files, key=lambda file: file.stat().st_mtime)
         turns: dict[str, list[float]] = {what: [] for what in ("nothing", *EDITING)}
         for n in range(args.rounds + 1):
             for what, mine in turns.items():

@@ -60,6 +60,7 @@ Pieces = Sequence[bytes | memoryview]  # of a request's body
 
 LENGTH = re.compile("0{0,99}[0-9]{1,15}")
 HEX = re.compile(rb"[0-9a-fA-F]{1,15}(?=[ \t]*(?:;|$))")
+SIZE = re.compile(rb"([1-9a-f][0-9a-f]{0,6})\r\n")  # as it is nearly always written
 TRAILER, BROKEN = -1, -2  # instead of a number of bytes: after the last chunk; no chunk at all
 HEAD_END = re.compile(rb"\r?\n\r?\n")
 STATUS_LINE = re.compile(r"HTTP/1\.(\d+)\s+([1-9]\d\d)(?:\s.*)?")
@@ -178,18 +179,22 @@ class Reply:
                 raise Failure(self.flight.why or "cut", status=self.status_code)
             self.ended = True
             return b""
-        if self.chunked:
-            return self.one_chunk(data) or self._unframed(data)
-        return self._unframed(data)
+        return b"".join(self.whole_chunks(data)) or self._unframed(data)
 
-    def one_chunk(self, data: bytes) -> bytes:
-        """The bytes in `data` when it is one whole chunk, as it nearly always is; else b""."""
-        if self.chunked and not self._rest and not self._chunk_left and not self.ended:
-            at = data.find(b"\r\n") + 2
-            size = len(data) - at - 2
-            if size > 0 and data[: at - 2] == b"%x" % size and data[-2:] == b"\r\n":
-                return data[at:-2]
-        return b""
+    def whole_chunks(self, data: bytes) -> list[bytes]:
+        """The chunks in `data` when that is nothing but whole ones, as nearly always; else []."""
+        if not self.chunked or self._rest or self._chunk_left or self.ended:
+            return []
+        at, found = 0, []
+        while at < len(data):
+            size = SIZE.match(data, at)
+            if not size:
+                return []
+            begin, at = size.end(), size.end() + int(size[1], 16) + 2
+            if data[at - 2 : at] != b"\r\n":
+                return []
+            found.append(data[begin : at - 2])
+        return found
 
     def _unframed(self, data: bytes) -> bytes:
         data, self._rest = self._rest + data, b""

@@ -189,12 +189,16 @@ class Relay:
         return Carried(self.reply.sock, sink, same, self._receive, self._wait_for, chunked)
 
     def _same(self, framed: bool, data: bytes) -> bytes:
-        """For the carrier: what to send when `data` only adds words, like the event before it."""
-        event = self.reply.one_chunk(data)
-        if not event or not self._reader.is_more(event):
+        """For the carrier: what to send when `data` only adds words, like the event before it.
+
+        Several events that came together are told apart by their chunks: whoever falls behind
+        must not have more to do with each.
+        """
+        events = self.reply.whole_chunks(data)
+        if not events or not all(map(self._reader.is_more, events)):
             return b""
         self._more_came()
-        return data if framed else event
+        return data if framed else b"".join(events)
 
     def _receive(self, data: bytes, ended: bool = False) -> tuple[bytes, bool]:
         """For the carrier: what to send when `data` has come, and whether that is the last."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -15,6 +16,9 @@ from parts.carrier import Carried, Carrier
 from parts.dialects import ChatAnswer
 from parts.errors import Failure
 from parts.events import EventReader, shape_of
+from parts.exchange import Reply
+from parts.flights import Flight
+from parts.relay import Relay
 
 MUCH = b"x" * 2_000_000
 
@@ -268,3 +272,50 @@ def test_an_event_without_choices_is_no_model_for_the_next():
 @pytest.mark.parametrize("raw", [b"data: {}\n\n", EVENT % b"", EVENT % rb"\x", b'"content":"'])
 def test_an_event_without_plain_words_has_no_shape(raw):
     assert shape_of(raw, ChatAnswer.words) is None
+
+
+# --- chunks ----
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def reply_in_chunks() -> Reply:
+    reply = Reply(socket.socket(), Flight(None, time.monotonic))
+    reply.sock.close()
+    reply.status_code, reply.chunked = 200, True
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (chunk(b"one"), [b"one"]),
+        (chunk(b"one") + chunk(b"and another"), [b"one", b"and another"]),
+        (chunk(b"one") + b"5\r\nhal", []),
+        (chunk(b"one") + b"0\r\n\r\n", []),
+        (b"3;x=y\r\none\r\n", []),
+        (b"03\r\none\r\n", []),
+        (b"B\r\nhello world\r\n", []),
+        (b"3\r\none..", []),
+        (b"3\none\n", []),
+        (b"", []),
+    ],
+)
+def test_whole_chunks_are_told_from_anything_else(data, found):
+    assert reply_in_chunks().whole_chunks(data) == found
+
+
+def test_events_that_came_together_are_passed_on_unread_like_single_ones():
+    reply = reply_in_chunks()
+    relay = Relay(reply, reply.flight, "m", ChatAnswer("m"), stream=True, whole=False,
+                  idle_s=9, client_s=9, deadline=1e9)  # fmt: skip
+    relay._reader = EventReader(ChatAnswer.words, relay.answer.adds_words)
+    relay._reader.feed(EVENT % b"words")
+    many = chunk(EVENT % b"two") + chunk(EVENT % b"three")
+    odd = chunk(EVENT % b"two") + chunk(EVENT.replace(b"null", b'"stop"') % b"")
+
+    assert relay._same(True, many) == many
+    assert relay._same(False, many) == EVENT % b"two" + EVENT % b"three"
+    assert relay._same(True, odd) == b""
