@@ -143,7 +143,9 @@ class Stream:
         except OSError:
             data = b""
         self.arrivals.append((time.monotonic_ns(), data))
-        if data and not data.endswith(b"0\r\n\r\n"):  # the last chunk; JSON never ends like this
+        is_refused = len(self.arrivals) == 1 and not data.startswith(b"HTTP/1.1 200")
+        # The last chunk; JSON never ends like this.
+        if data and not is_refused and not data.endswith(b"0\r\n\r\n"):
             return True
         self.sock.close()
         return False
