@@ -64,9 +64,9 @@ class Nginx:
         self.port = free_port()
         self.base = f"http://127.0.0.1:{self.port}"
         user = "user root;\n" if os.geteuid() == 0 else ""  # the folder is closed to www-data
-        site = site.replace("listen 80;", f"listen 127.0.0.1:{self.port};")
+        site = site.replace("127.0.0.1:3456", f"127.0.0.1:{router_port}")  # our port may be 34567
         (folder / "site.conf").write_text(
-            site.replace("127.0.0.1:3456", f"127.0.0.1:{router_port}")
+            site.replace("listen 80;", f"listen 127.0.0.1:{self.port};")
         )
         (folder / "nginx.conf").write_text(MAIN.format(folder=folder, user=user))
         command = ["nginx", "-p", folder, "-c", "nginx.conf", "-e", folder / "log.txt"]
