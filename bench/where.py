@@ -140,48 +140,45 @@ def told(out: Path) -> Counter[str]:
 
 def of_chats(stage: Stage, args: argparse.Namespace) -> Spent:
     """us of CPU a chat by part; the whole of the process while traced, and without that."""
-    up, body = servers.upstream(stage), {"small": small_body, "agent": agent_body}[args.body]
-    plain, _ = router(stage, up, args, None)
-    who, out = router(stage, up, args, CHAT)
-    rounds = []
-    for n in range(4):
-        for one in (plain, who):
-            before = told(out) if one is who else Counter()
-            load = wrk(one, body("router"), args.connections, args.seconds, stage.root)
-            count = load.rate * args.seconds
-            spent = told(out) - before if one is who else Counter()
-            if n:  # the first warms up
-                parts = {part: ns / 1e3 / count for part, ns in spent.items()}
-                rounds.append((one is who, load.cpu_ms * 1e3, parts))
-    return best(rounds)
+    body = {"small": small_body, "agent": agent_body}[args.body]("router")
+
+    def load(who: Contestant) -> tuple[float, float]:
+        turn = wrk(who, body, args.connections, args.seconds, stage.root)
+        return turn.rate * args.seconds, turn.cpu_ms * 1e3
+
+    return in_turns(stage, servers.upstream(stage), args, CHAT, load)
 
 
 def of_events(stage: Stage, args: argparse.Namespace) -> Spent:
     """The same of an event among 64 streams."""
-    up = streams.delaying_upstream(stage, 20)
+
+    def load(who: Contestant) -> tuple[float, float]:
+        before = cpu_seconds(who.pid)
+        count = json.loads(streams.ask(who, 64, 100, 200, 60).communicate()[0])["events"]
+        used = cpu_seconds(who.pid) - before
+        settle(who.pid)
+        return count, used * 1e6 / count
+
+    return in_turns(stage, streams.delaying_upstream(stage, 20), args, EVENT, load)
+
+
+def in_turns(stage: Stage, up: Contestant, args: argparse.Namespace,
+             names: dict[str, tuple[str, ...]],
+             load: Callable[[Contestant], tuple[float, float]]) -> Spent:  # fmt: skip
+    """What `load`, which says how many and us each, took in the round that was disturbed least."""
     plain, _ = router(stage, up, args, None)
-    who, out = router(stage, up, args, EVENT)
-    rounds = []
-    for n in range(3):
-        for one in (plain, who):
-            before = told(out) if one is who else Counter()
-            cpu = cpu_seconds(one.pid)
-            events = json.loads(streams.ask(one, 64, 100, 200, 60).communicate()[0])["events"]
-            cpu = cpu_seconds(one.pid) - cpu
-            settle(one.pid)
-            spent = told(out) - before if one is who else Counter()
-            if n:
-                parts = {part: ns / 1e3 / events for part, ns in spent.items()}
-                rounds.append((one is who, cpu * 1e6 / events, parts))
-    return best(rounds)
-
-
-def best(rounds: list[tuple[bool, float, dict[str, float]]]) -> Spent:
-    """The rounds that were disturbed least."""
-    plain = min(us for is_traced, us, _ in rounds if not is_traced)
-    whole, parts = min(((us, parts) for is_traced, us, parts in rounds if is_traced),
-                       key=lambda round_: round_[0])  # fmt: skip
-    return parts, whole, plain
+    traced_one, out = router(stage, up, args, names)
+    whole, found = [], []
+    for n in range(4):
+        _, us = load(plain)
+        before = told(out)
+        count, traced_us = load(traced_one)
+        spent = told(out) - before
+        if n:  # the first warms up
+            whole.append(us)
+            found.append((traced_us, {part: ns / 1e3 / count for part, ns in spent.items()}))
+    traced_us, parts = min(found, key=lambda round_: round_[0])
+    return parts, traced_us, min(whole)
 
 
 def say(title: str, names: dict[str, Any], parts: dict[str, float], whole: float,
