@@ -740,12 +740,13 @@ class Chooser:
         if compiled is None or compiled[0] is not table:
             lists = {name: category.lists for name, category in table.categories.items()}
             follow_ups = lists_of(CONTINUATIONS, table.continuations)
-            if compiled and compiled[1] == (lists, follow_ups):
+            told = tuple(lists.items()), follow_ups  # in order, which decides a tie
+            if compiled and compiled[1] == told:
                 matchers = compiled[2:]
             else:
                 built_in, own = [{name: found[n] for name, found in lists.items()} for n in (0, 1)]
                 matchers = Keywords(own, built_in), Continuations([*follow_ups[0], *follow_ups[1]])
-            compiled = self._compiled = (table, (lists, follow_ups), *matchers)
+            compiled = self._compiled = (table, told, *matchers)
         return compiled[2:]
 
 

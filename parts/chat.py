@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 MOST_MEMBERS = 100  # of a body whose places are kept; real ones have 30
+LENGTH = re.compile("[0-9]{1,18}")
 MOST_VALUES = 100_000  # a validator takes up to 50 µs for each
 
 
@@ -178,8 +179,8 @@ def read_body(request: flask.Request) -> bytes:
     """The request body; RouterError 413 when it is too large, 499 when it was cut short."""
     most = request.max_content_length or 0  # one more than allowed: werkzeug cuts chunked bodies
     told = request.environ.get("CONTENT_LENGTH", "")
-    framed = "HTTP_TRANSFER_ENCODING" in request.environ or not told.isdecimal()
-    length = request.content_length if framed else int(told)
+    plain = LENGTH.fullmatch(told) and "HTTP_TRANSFER_ENCODING" not in request.environ
+    length = int(told) if plain else request.content_length  # werkzeug's takes ten times as long
     try:
         if length is not None and length < most:  # the usual case, without werkzeug's wrappers
             data = request.environ["wsgi.input"].read(length)

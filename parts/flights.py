@@ -137,13 +137,13 @@ class Flights:
                 raise Full(f"{MOST_UNCOUNTED} changes are being sent already")
             if not counted:
                 flight.due = min(flight.due, (self._clock() + UNCOUNTED_S, "client_left"))
-            self._air.add(flight)
-            self._uncounted += not counted
-            flight.counted = counted
             if self._watcher is None:  # not at import, nor before gunicorn has forked
                 watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
                 watcher.start()  # which may fail: then the next flight tries again
                 self._watcher = watcher
+            self._air.add(flight)
+            self._uncounted += not counted
+            flight.counted = counted
             if not self._busy.is_set():
                 self._busy.set()
 

@@ -64,7 +64,10 @@ class Notifier(logging.Handler):
             self._bell.notify()
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="notify", daemon=True)
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError:  # no thread can be had now: the next matter asks again
+                    return
                 self._thread = thread
 
     def _run(self) -> None:

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -219,3 +220,16 @@ def called(value: Any) -> str:
     if isinstance(value, tuple):
         return "-".join(map(called, value))
     return getattr(value, "__name__", str(value))
+
+
+def no_thread(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The next thread of that name cannot be started."""
+    start, left = threading.Thread.start, [1]
+
+    def once(self: threading.Thread) -> None:
+        if self.name == name and left:
+            left.pop()
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", once)

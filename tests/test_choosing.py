@@ -190,6 +190,19 @@ def test_a_text_is_matched_once_however_often_a_tool_loop_asks(monkeypatch):
     assert len(asked) == 1
 
 
+def test_an_edit_of_the_order_of_categories_decides_a_tie_anew(upstream: Upstream):
+    routes = small_routes(upstream.url)
+    own = {name: {"models": ["acme/one"], "keywords": ["zebra"]} for name in ("aa", "bb")}
+    chooser, found = module.Chooser(None), []
+
+    for order in (("aa", "bb"), ("bb", "aa")):
+        more = {name: own[name] for name in order}
+        text = json.dumps({**routes, "categories": {**routes["categories"], **more}})
+        found.append(chooser._words(module.load_table(text))[0].match("zebra").category)
+
+    assert found == ["aa", "bb"]
+
+
 def test_an_edit_keeps_the_words_that_it_does_not_touch(upstream: Upstream, monkeypatch):
     routes = small_routes(upstream.url)
     chooser, read = module.Chooser(None), []

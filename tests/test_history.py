@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import LocalClient, settings_for
-from helpers import figures, kill_all, wait_until, worker_of, workers_of
+from helpers import figures, kill_all, no_thread, wait_until, worker_of, workers_of
 from upstream import error
 
 import router as module
@@ -75,19 +75,6 @@ def test_rows_that_are_written_while_they_are_asked_for_stand_once(client, file,
     rows = client.get("/usage/requests").json["requests"]
 
     assert len({row["id"] for row in rows}) == len(rows) == 3
-
-
-def no_thread(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """The next thread of that name cannot be started."""
-    start, left = threading.Thread.start, [1]
-
-    def once(self: threading.Thread) -> None:
-        if self.name == name and left:
-            left.pop()
-            raise RuntimeError("can't start new thread")
-        start(self)
-
-    monkeypatch.setattr(threading.Thread, "start", once)
 
 
 def test_a_thread_that_cannot_be_had_now_is_asked_for_again(client, file, monkeypatch):

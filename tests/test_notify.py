@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from helpers import wait_until
+from helpers import no_thread, wait_until
 from upstream import Upstream, error, hang, plain
 
 from parts.notify import EVENTS, Notifier
@@ -158,5 +158,17 @@ def test_a_url_that_no_library_can_read_ends_no_thread(lines):
 def test_limits_of_one_name_are_two_matters(notifier, receiver):
     for of in ("category code", "client code"):
         log.warning("limit_spent", {"limit": "day", "of": of, "usd": 1, "spent_usd": 1})
+
+    wait_until(lambda: len(told(receiver)) == 2)
+
+
+def test_without_a_thread_nobody_who_logs_is_hurt_and_the_next_matter_asks_again(
+    notifier, receiver, monkeypatch
+):
+    no_thread(monkeypatch, "notify")
+    event = next(iter(EVENTS))
+
+    log.warning(event, {name: "acme/one" for name in ("model", "upstream", "reason", "limit")})
+    log.warning("key_refused", {"upstream": "acme", "key": "ACME_KEY"})
 
     wait_until(lambda: len(told(receiver)) == 2)

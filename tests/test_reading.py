@@ -135,3 +135,13 @@ BODY = st.fixed_dictionaries(
 @settings(max_examples=500, derandomize=True, database=None, deadline=None)
 def test_the_quick_check_agrees_with_the_schema(body):
     assert CHAT.fits(body) == CHAT_SCHEMA.is_valid(body)
+
+
+@pytest.mark.parametrize("told", ["9" * 5000, "\u0662", "", "-1", "+2", "two"])
+def test_a_length_that_is_none_is_no_bug_of_ours(client, told):
+    answer = client.flask.post(
+        "/v1/chat/completions", data=b"{}", content_type="application/json",
+        environ_overrides={"CONTENT_LENGTH": told},
+    )  # fmt: skip
+
+    assert answer.status_code == 400

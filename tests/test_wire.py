@@ -16,7 +16,17 @@ from typing import Any
 import pytest
 import trustme
 from conftest import Clock, LocalClient
-from helpers import CHAT, close, figures, half_close, in_flight, pair_of_sockets, user, wait_until
+from helpers import (
+    CHAT,
+    close,
+    figures,
+    half_close,
+    in_flight,
+    no_thread,
+    pair_of_sockets,
+    user,
+    wait_until,
+)
 from upstream import Upstream, chunk, events, hang, pieces, raw, stream, whole
 from werkzeug.test import EnvironBuilder
 
@@ -248,6 +258,15 @@ def fly(flights: Flights, clock: Clock) -> Any:
         return flight
 
     return made
+
+
+def test_a_flight_that_nobody_can_watch_takes_no_permit(flights, clock, monkeypatch):
+    no_thread(monkeypatch, "watcher")
+
+    with pytest.raises(RuntimeError):
+        flights.acquire(Flight(None, clock))
+
+    assert len(flights) == 0
 
 
 def test_a_flight_ends_when_the_clock_passes_its_limit(flights, fly, clock):
