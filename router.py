@@ -1353,6 +1353,7 @@ def proxy(owner: Router, request: flask.Request) -> ChatResponse:
     call = environ[CALL] = owner.begin(environ.get("gunicorn.socket"), dialect)
     call.client = environ.get(CLIENT, call.client)
     owner.flights.acquire(call.flight)
+    owner.carrier.give_way()
     chat = read_chat(read_body(request), dialect)
     chat.headers, chat.query = passed_on(dialect, environ)
     decision = owner.choose(call, chat, session_of(environ))

@@ -8,6 +8,12 @@ Who may touch what, when:
 
 - `carry` and `through` are called by the threads that serve. They put the stream into `_new`,
   ring the bell, and touch it no more until its `over` is set.
+- `give_way` is called by them, too, before the work that a request begins with. While the carrier
+  is behind, they wait there: each of them would take the interpreter's lock between two steps of a
+  round, and 200 streams that need 20 ms waited 270 for a burst of new ones. The carrier lets some
+  of them in after each round, and all once it has caught up. It says so in `_is_behind` before it
+  looks into `_waiting`; they look at `_is_behind` again after they put themselves there. So nobody
+  is forgotten, and a round never waits for them.
 - Everything else belongs to the carrier's thread: the selector, and each stream from the bell on
   until it sets `over`. So no step needs a lock; `_lock` guards the start of the thread alone.
 - The watcher may shut both sockets down at any moment (flights.py): the next recv or send tells,
@@ -30,6 +36,9 @@ from collections.abc import Callable, Iterator
 from parts.errors import Failure
 
 READ_SIZE = 65536
+BEHIND = 16  # streams that can be moved on at once; with fewer, nobody has to wait
+FOR_ONE = 16  # streams moved on for each request that may begin meanwhile
+WAY_S = 2.0  # however far behind the carrier is, a request begins after this
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 Source = socket.socket | ssl.SSLSocket
 
@@ -120,6 +129,17 @@ class Carrier:
         self._lock = threading.Lock()  # guards the start
         self._thread: threading.Thread | None = None
         self._new: deque[Carried] = deque()
+        self._is_behind = False
+        self._waiting: deque[threading.Lock] = deque()  # released to let one in
+
+    def give_way(self) -> None:
+        """Return when a request may begin: at once, unless many streams wait to be moved on."""
+        if self._is_behind:
+            turn = threading.Lock()
+            turn.acquire()
+            self._waiting.append(turn)
+            if self._is_behind:
+                turn.acquire(timeout=WAY_S)
 
     def carry(self, stream: Carried) -> None:
         """Return when `stream` has ended; raise what ended it too early."""
@@ -182,13 +202,19 @@ class Carrier:
 
     def _round(self, heard: socket.socket) -> None:
         """Wait, then move on whatever can be; nothing here outlives it."""
-        for key, _ in self._selector.select():
+        ready = self._selector.select(0 if self._is_behind else None)
+        self._is_behind = len(ready) >= BEHIND
+        for key, _ in ready:
             if key.data is not None:
                 self._step(key.data)
                 continue
             heard.recv(READ_SIZE)
             while self._new:
                 self._begin(self._new.popleft())
+        most = len(ready) // FOR_ONE if self._is_behind else len(self._waiting)
+        while self._waiting and most:
+            self._waiting.popleft().release()
+            most -= 1
 
     def _begin(self, stream: Carried) -> None:
         if stream.has_more():  # of which no descriptor tells: begin with a turn of the client

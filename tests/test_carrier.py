@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import socket
 import threading
 import time
@@ -167,6 +168,78 @@ def test_a_slow_client_holds_up_no_other_stream(ends, other):
     read(ends.client, len(MUCH) + 1)
     sender.join(5)
     assert slow.result(5) is None
+
+
+MANY = 20  # streams; more than 16 that can be moved on at once are a round that others wait for
+
+
+@pytest.fixture
+def many() -> Iterator[list[Ends]]:
+    carrier = Carrier()
+    found = [Ends(carrier) for _ in range(MANY)]
+    yield found
+    for ends in found:
+        ends.close()
+
+
+def test_requests_that_begin_wait_while_many_streams_have_to_be_moved_on(many):
+    held: queue.Queue[None] = queue.Queue()
+    go: queue.Queue[None] = queue.Queue()
+    carrier = many[0].carrier
+
+    def take(data: bytes) -> tuple[bytes, bool]:
+        if data == b"hold":
+            held.put(None)
+            go.get(timeout=5)
+        return until_dot(data)
+
+    def all_in_the_next_round() -> None:
+        for n, ends in enumerate(many):
+            ends.upstream.sendall(b"hold" if n == 0 else b"more")
+
+    def next_round() -> None:
+        go.put(None)
+        held.get(timeout=5)
+
+    done = [ends.carry(take) for ends in many]
+    wait_until(lambda: len(carrier._selector.get_map()) == MANY + 1)
+    many[0].upstream.sendall(b"hold")
+    held.get(timeout=5)
+    with ThreadPoolExecutor(4) as pool:
+        pool.submit(carrier.give_way).result(5)  # one stream holds nobody up
+        all_in_the_next_round()
+        next_round()
+        begun = [pool.submit(carrier.give_way) for _ in range(3)]
+        wait_until(lambda: len(carrier._waiting) == 3)
+        all_in_the_next_round()
+        next_round()  # behind the last one, of 20 streams, one may begin
+        wait_until(lambda: any(one.done() for one in begun))
+        assert sum(one.done() for one in begun) == 1
+        go.put(None)
+        for one in begun:  # and all when nothing is left to be moved on
+            assert one.result(5) is None
+
+    for ends in many:
+        ends.upstream.sendall(b".")
+    assert [one.result(5) for one in done] == [None] * MANY
+    assert not carrier._waiting
+
+
+def test_a_request_that_finds_the_carrier_behind_for_long_begins_nevertheless(monkeypatch):
+    monkeypatch.setattr("parts.carrier.WAY_S", 0.01)
+    carrier = Carrier()
+    carrier._is_behind = True
+
+    assert carrier.give_way() is None
+
+
+def test_a_chat_gives_way_before_an_upstream_is_asked(client, upstream, monkeypatch):
+    asked: list[int] = []
+    way = client.router.carrier
+    monkeypatch.setattr(way, "give_way", lambda: asked.append(len(upstream.requests)))
+
+    assert client.chat().status_code == 200
+    assert asked == [0]
 
 
 @pytest.mark.parametrize(
