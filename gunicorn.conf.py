@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import gc
 import importlib.util
 import logging
@@ -142,9 +143,19 @@ def frugal_memory():
         libc.mallopt(trim_threshold, 4 << 20)
 
 
+def grow_table_of_descriptors():
+    """While there is one thread: later, whoever opens the 64th, 128th, 256th waits for 10 ms.
+
+    The kernel waits until no other thread sees the smaller table (expand_fdtable in fs/file.c).
+    """
+    with contextlib.suppress(OSError):
+        os.close(fcntl.fcntl(0, fcntl.F_DUPFD, min(descriptors(), 4096) - 1))
+
+
 def post_fork(server, worker):
     """Before the worker loads anything."""
     frugal_memory()
+    grow_table_of_descriptors()
 
 
 def post_worker_init(worker):

@@ -7,6 +7,7 @@ import errno
 import gc
 import json
 import os
+import re
 import resource
 import runpy
 import select
@@ -32,7 +33,7 @@ from gunicorn.config import Config
 from gunicorn.http import RequestParser, wsgi
 from gunicorn.http.errors import InvalidHeader, InvalidHeaderName, ParseException
 from gunicorn.workers.gthread import TConn
-from helpers import CLOSED, answer_to, pair_of_sockets
+from helpers import CLOSED, answer_to, pair_of_sockets, worker_of
 from upstream import DONE, Upstream, chunk, events, pieces
 
 from parts import worker
@@ -101,6 +102,14 @@ def test_all_threads_of_a_worker_that_serves_are_on_the_cpu_of_its_port(tmp_path
         assert [os.sched_getaffinity(thread) for thread in threads] == [wanted] * len(threads)
     finally:
         service.stop()
+
+
+def test_the_table_of_descriptors_is_large_before_there_are_threads(service):
+    process = Path(f"/proc/{worker_of(service)}")
+    most = int(re.search(r"Max open files +(\d+)", (process / "limits").read_text())[1])
+    size = int(re.search(r"FDSize:\s+(\d+)", (process / "status").read_text())[1])
+
+    assert size >= min(4096, most)
 
 
 def test_an_answer_comes_in_one_packet(service):
@@ -416,11 +425,6 @@ def test_past_the_most_connections_new_ones_wait_for_the_end_of_those_that_are_s
         assert all(b"".join(stream).endswith(DONE) for stream in streams)
     finally:
         service.stop()
-
-
-def worker_of(service: Service) -> int:
-    master = service.process.pid
-    return int(Path(f"/proc/{master}/task/{master}/children").read_text().split()[0])
 
 
 def test_without_a_descriptor_left_streams_go_on_and_others_wait(tmp_path, upstream):
