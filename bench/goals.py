@@ -91,6 +91,6 @@ def goal_rows(figures: Figures, routers: list[str]) -> list[list[str]]:
                 cells.append("not measured")
                 continue
             met = got >= limit if direction == ">=" else got <= limit
-            cells.append(f"{got:.3g} {'met' if met else 'NOT MET'}")
+            cells.append(f"{got:.4g} {'met' if met else 'NOT MET'}")
         rows.append([f"{contest}: {words}", f"{direction} {limit:g}", *cells])
     return rows
