@@ -28,7 +28,7 @@ route: $(VENV)/.installed  ## say where a text would go and why: make route TEXT
 	@test -n "$$ROUTE_TEXT" || { echo 'write: make route TEXT="what a person would say"'; exit 2; }
 	@$(BIN)/python router.py route -- "$$ROUTE_TEXT"
 
-test: $(VENV)/.installed-tests  ## run all tests, with real servers on this machine only; 4 min
+test: $(VENV)/.installed-tests  ## run all tests, with real servers on this machine only; 4 to 5 min
 	@$(BIN)/python -m pytest -n 4 --dist worksteal
 
 floors: $(VENV)/.installed-tests  ## run the core tests with the oldest versions that are allowed

@@ -37,7 +37,7 @@ from parts.errors import Failure
 
 READ_SIZE = 65536
 BEHIND = 16  # streams that can be moved on at once; with fewer, nobody has to wait
-FOR_ONE = 16  # streams moved on for each request that may begin meanwhile
+FOR_ONE = 16  # streams moved on for each request that may begin; with 8, pauses came back
 WAY_S = 2.0  # however far behind the carrier is, a request begins after this
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 Source = socket.socket | ssl.SSLSocket
