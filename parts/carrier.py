@@ -135,11 +135,12 @@ class Carrier:
     def give_way(self) -> None:
         """Return when a request may begin: at once, unless many streams wait to be moved on."""
         if self._is_behind:
-            turn = threading.Lock()
-            turn.acquire()
-            self._waiting.append(turn)
-            if self._is_behind:
-                turn.acquire(timeout=WAY_S)
+            gate = threading.Lock()
+            gate.acquire()
+            self._waiting.append(gate)
+            if not (self._is_behind and gate.acquire(timeout=WAY_S)):
+                with contextlib.suppress(ValueError):  # let in meanwhile
+                    self._waiting.remove(gate)  # or it would take the place of one that waits
 
     def carry(self, stream: Carried) -> None:
         """Return when `stream` has ended; raise what ended it too early."""
@@ -212,9 +213,9 @@ class Carrier:
             while self._new:
                 self._begin(self._new.popleft())
         most = len(ready) // FOR_ONE if self._is_behind else len(self._waiting)
-        while self._waiting and most:
-            self._waiting.popleft().release()
-            most -= 1
+        with contextlib.suppress(IndexError):  # nobody waits any more
+            for _ in range(most):
+                self._waiting.popleft().release()
 
     def _begin(self, stream: Carried) -> None:
         if stream.has_more():  # of which no descriptor tells: begin with a turn of the client

@@ -182,7 +182,8 @@ def many() -> Iterator[list[Ends]]:
         ends.close()
 
 
-def test_requests_that_begin_wait_while_many_streams_have_to_be_moved_on(many):
+def test_requests_that_begin_wait_while_many_streams_have_to_be_moved_on(many, monkeypatch):
+    monkeypatch.setattr("parts.carrier.WAY_S", 60)
     held: queue.Queue[None] = queue.Queue()
     go: queue.Queue[None] = queue.Queue()
     carrier = many[0].carrier
@@ -194,8 +195,9 @@ def test_requests_that_begin_wait_while_many_streams_have_to_be_moved_on(many):
         return until_dot(data)
 
     def all_in_the_next_round() -> None:
-        for n, ends in enumerate(many):
-            ends.upstream.sendall(b"hold" if n == 0 else b"more")
+        for ends in (many[0], *many[2:]):
+            ends.upstream.sendall(b"more")
+        many[1].upstream.sendall(b"hold")  # the last in the round, as it is the last that can go on
 
     def next_round() -> None:
         go.put(None)
@@ -231,6 +233,7 @@ def test_a_request_that_finds_the_carrier_behind_for_long_begins_nevertheless(mo
     carrier._is_behind = True
 
     assert carrier.give_way() is None
+    assert not carrier._waiting  # it takes the turn of nobody who waits
 
 
 def test_a_chat_gives_way_before_an_upstream_is_asked(client, upstream, monkeypatch):
