@@ -100,15 +100,73 @@ def test_the_other_threads_are_asked_for_again_too(serve_once, build, monkeypatc
 def test_rows_that_are_just_being_written_are_shown(client, monkeypatch):
     insert, seen = history.insert, set()
 
-    def look(db: Any, rows: Any) -> None:
+    def look(db: Any, rows: Any, pause: Any) -> None:
         seen.update(row["id"] for row in client.router.history.requests(10))
-        insert(db, rows)
+        insert(db, rows, pause)
 
     monkeypatch.setattr(history, "insert", look)
     asked = client.chat().headers["X-Request-Id"]
 
     wait_until(lambda: seen)
     assert seen == {asked}
+
+
+def test_rows_that_are_written_while_sums_are_asked_for_are_counted_once(client, file, monkeypatch):
+    """Read from a file that has not got them yet, they would be in memory no more."""
+    ask, all_written = history._asked, lambda: len(rows_in(file)) == 3
+
+    def early(*args: Any) -> Any:
+        found = ask(*args)
+        by = time.monotonic() + 10 * history.BATCH_S
+        while time.monotonic() < by and not all_written():
+            time.sleep(0.001)
+        return found
+
+    for _ in range(3):
+        client.chat()
+    monkeypatch.setattr(history, "_asked", early)
+
+    [sums] = client.router.history.usage(["category"], 1, client.router.current_table())
+
+    assert sums["requests"] == 3
+    wait_until(all_written)
+
+
+def test_few_rows_are_written_behind_a_pause_and_many_where_there_is_none(tmp_path, table_and_call):
+    row, written = history.row_of(table_and_call[1]), []
+    with contextlib.closing(history.opened(tmp_path / "other.db")) as db:
+
+        def pause() -> bool:
+            written.extend(db.execute("SELECT COUNT(*) FROM requests").fetchone())
+            return len(written) <= 3
+
+        history.insert(db, [row._replace(id=str(n)) for n in range(149)], pause)
+
+        assert written == [0, 16, 32, 48, 98, 148]
+        assert [found["id"] for found in history.last_rows(db, 200)][::-1] == [
+            str(n) for n in range(149)
+        ]
+
+
+def test_a_write_pauses_while_it_is_short_and_the_process_goes_on(tmp_path):
+    kept = History(tmp_path / "other.db")
+
+    assert kept._pause(time.monotonic() + 60)
+    assert not kept._pause(time.monotonic())
+    kept.close()
+    assert not kept._pause(time.monotonic() + 60)
+
+
+def test_rows_are_booked_as_they_come(tmp_path, table_and_call):
+    """All at once would make the requests wait that come meanwhile."""
+    _, call = table_and_call
+    kept = History(tmp_path / "other.db")
+    kept._stop.set()  # no thread: it would write them
+
+    for _ in range(history.AT_ONCE * 3 + 1):
+        kept.add(call)
+
+    assert len(kept._rows) - kept._counted == 1
 
 
 def test_a_request_leaves_a_row_that_says_what_its_headers_said(client, file):
