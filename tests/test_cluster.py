@@ -986,7 +986,8 @@ def test_a_circuit_that_was_deleted_is_told_and_probed_again(pair, server):
 
 @settings(max_examples=300)
 @given(st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
-                    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)),
+                    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+                    max_leaves=8),
        st.sampled_from(["due", "hold", "first_open", "strikes", "status", "open", "reason",
                         "since", "by", "gone", "more"]))  # fmt: skip
 def test_whatever_stands_in_a_circuit_is_taken_whole_or_not_at_all(value, key):

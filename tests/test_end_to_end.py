@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
-import openai
 import pytest
 import requests
 from conftest import KEY, Service, small_routes
@@ -21,13 +21,15 @@ FILTERED = error(400, "rejected by our safety system", "content_policy_violation
 
 
 @pytest.fixture
-def sdk(service: Service) -> Iterator[openai.OpenAI]:
+def sdk(service: Service) -> Iterator[Any]:
     """The SDK as people use it: two retries of its own."""
+    import openai  # takes 1.5 s, in the one test process that needs it
+
     with openai.OpenAI(base_url=service.base + "/v1", api_key="local", max_retries=2) as found:
         yield found
 
 
-def ask(sdk: openai.OpenAI, **more):
+def ask(sdk: Any, **more):
     return sdk.chat.completions.create(**{"model": "router", "messages": [user("hello")], **more})
 
 
@@ -74,14 +76,14 @@ def test_sdk_lists_models(sdk):
 @pytest.mark.parametrize(
     ("script", "asked", "raised"),
     [
-        (error(503), [ONE, TWO], openai.InternalServerError),
-        (error(500), [ONE, ONE, TWO], openai.InternalServerError),
-        (error(401), [ONE], openai.InternalServerError),
-        (error(402), [ONE, TWO], openai.InternalServerError),
-        (error(400), [ONE, TWO], openai.BadRequestError),
-        (error(422), [ONE, TWO], openai.UnprocessableEntityError),
-        (TOO_LONG, [ONE, TWO], openai.BadRequestError),
-        (FILTERED, [ONE], openai.BadRequestError),
+        (error(503), [ONE, TWO], "InternalServerError"),
+        (error(500), [ONE, ONE, TWO], "InternalServerError"),
+        (error(401), [ONE], "InternalServerError"),
+        (error(402), [ONE, TWO], "InternalServerError"),
+        (error(400), [ONE, TWO], "BadRequestError"),
+        (error(422), [ONE, TWO], "UnprocessableEntityError"),
+        (TOO_LONG, [ONE, TWO], "BadRequestError"),
+        (FILTERED, [ONE], "BadRequestError"),
     ],
     ids=["503", "500", "401", "402", "400", "422", "context", "filter"],
 )
@@ -91,9 +93,10 @@ def test_one_call_of_the_sdk_walks_the_chain_once_and_raises_its_own_error(
     upstream.default = script
     began = time.monotonic()
 
-    with pytest.raises(raised) as caught:
+    with pytest.raises(Exception) as caught:
         ask(sdk)
 
+    assert type(caught.value).__name__ == raised
     assert caught.value.body["message"]
     assert upstream.models_asked() == asked
     assert time.monotonic() - began < 2
@@ -112,8 +115,10 @@ def test_the_sdk_comes_back_when_a_rate_limit_ends(sdk, upstream):
 
 
 def test_sdk_raises_on_a_body_that_does_not_fit(sdk):
-    with pytest.raises(openai.UnprocessableEntityError, match="messages"):
+    with pytest.raises(Exception, match="messages") as caught:
         ask(sdk, messages=[])
+
+    assert type(caught.value).__name__ == "UnprocessableEntityError"
 
 
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"], ids=["plain", "behind-a-bom"])

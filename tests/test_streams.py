@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import openai
 import pytest
 import requests
 from conftest import Service, calm, small_routes
@@ -103,6 +102,8 @@ def test_each_kind_of_token_commits(service, upstream, token):
 
 
 def test_the_sdk_raises_on_a_stream_that_broke(service, upstream):
+    import openai  # takes 1.5 s, in the one test process that needs it
+
     upstream.default = pieces([BEGIN, WORD], "cut")
     got = []
 
