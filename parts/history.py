@@ -537,12 +537,16 @@ class History:
         """Sums of the last `days` grouped `by` some of GROUPS, what is not yet written included."""
         first = day_of(time.time() - 86400 * (days - 1))
         found: dict[tuple[str, ...], list[float]] = {}
-        with self._moving:
+        is_ours = self._moving.acquire(timeout=WAIT_S)  # not for ever: the disk may hang
+        try:
             if self._path:
                 found = _asked(self._path, lambda db: sums_by(db, by, first), found)
             with self._lock:
                 self._count()
                 cells = {cell: list(counts) for cell, counts in self._cells.items()}
+        finally:
+            if is_ours:
+                self._moving.release()
         for cell, counts in cells.items():
             if cell[0] >= first:
                 add_to(found, tuple(cell[GROUPS.index(name)] for name in by), counts)

@@ -132,6 +132,19 @@ def test_rows_that_are_written_while_sums_are_asked_for_are_counted_once(client,
     wait_until(all_written)
 
 
+def test_while_the_disk_hangs_sums_are_told_all_the_same(client, file, monkeypatch):
+    client.chat()
+    written(client, file, 1)
+    monkeypatch.setattr(history, "WAIT_S", 0.01)
+    kept = client.router.history
+
+    with kept._moving:  # as while a write does not end
+        [sums] = kept.usage(["category"], 1, client.router.current_table())
+
+    assert sums["requests"] == 1
+    assert not kept._moving.locked()
+
+
 def test_few_rows_are_written_behind_a_pause_and_many_where_there_is_none(tmp_path, table_and_call):
     row, written = history.row_of(table_and_call[1]), []
     with contextlib.closing(history.opened(tmp_path / "other.db")) as db:
