@@ -33,7 +33,7 @@ route: $(VENV)/.installed  ## say where a text would go and why: make route TEXT
 test floors fuzz: export PYTHONDONTWRITEBYTECODE :=
 test: export PYTEST_DISABLE_PLUGIN_AUTOLOAD := 1
 test: $(VENV)/.installed-tests  ## run all tests, with real servers on this machine only; 3 to 4 min
-	@$(BIN)/python -m pytest -p xdist -p schemathesis -n 4 --dist worksteal
+	@$(BIN)/python -m pytest -p xdist -n 4 --dist worksteal
 
 floors: $(VENV)/.installed-tests  ## run the core tests with the oldest versions that are allowed
 	@test -x $(FLOORS)/bin/pytest || { $(PYTHON) -m venv $(FLOORS) && sed 's/>=/==/; s/,.*//' requirements.txt | \
