@@ -29,7 +29,7 @@ route: $(VENV)/.installed  ## say where a text would go and why: make route TEXT
 	@$(BIN)/python router.py route -- "$$ROUTE_TEXT"
 
 # Each process would compile everything anew without bytecode on the disk, and pytest would rewrite
-# all that belongs to a plugin it finds: a quarter of the time.
+# all that belongs to a plugin it finds.
 test floors fuzz: export PYTHONDONTWRITEBYTECODE :=
 test: export PYTEST_DISABLE_PLUGIN_AUTOLOAD := 1
 test: $(VENV)/.installed-tests  ## run all tests, with real servers on this machine only; 3 to 4 min

@@ -15,9 +15,9 @@ and when those are too many their sums still do, until it can be written again.
                so a million requests cost as little as ten
     about      the ledger's name: two workers on one file are one ledger for the cluster
 
-A write takes some 10 ms of CPU for 1,000 rows, on the one CPU that serves. In one piece it made the
-requests that came meanwhile 2 to 5 ms slower; so it is done in small steps with pauses, and rows
-are booked as they come.
+A write takes some 10 ms of CPU for 1,000 rows, on the one CPU that serves. In one piece it would
+make the requests that come meanwhile 2 to 5 ms slower; so it is done in small steps with pauses,
+and rows are booked as they come.
 
 Who may touch what: `_lock` guards all fields but the thread's own (`_version`, `_file`, `_told`);
 it is never held while the file is read or written. `_moving` is, by the thread while it moves rows
@@ -50,7 +50,7 @@ log = logging.getLogger("llm_router")
 BATCH_S = 0.5  # from write to write; with the time one takes, a kill loses less than a second
 RETRY_S = 2.0  # a file that could not be written is tried again after this
 IDLE_ROUNDS = 10  # the thread ends after so many without a row
-WAIT_S = 1.0  # for another process that writes
+WAIT_S = 1.0  # for another process that writes; by `usage` for our own thread, too
 MOST_WAITING = 20_000  # rows in memory while the file cannot be written, about 8 MB
 MOST_ROWS = 2_000_000  # rows in the file, about 500 MB
 CHUNK = 10_000  # rows deleted in one step: nobody shall wait long for the file
@@ -111,7 +111,7 @@ COST, SHOWN = COUNTS.index("cost_usd"), COUNTS.index("priced_in")
 AT_ONCE = 16  # rows that are booked or written in one go, while a request may wait
 AT_MOST = 50  # rows in one statement: SQLite took 999 values before 3.32
 PAUSE_S = 0.001
-PAUSES_S = 0.1  # in one write, its steps included: under load it must not take ever longer
+PAUSES_S = 0.1  # with the steps between, in one write: under load it shall not take ever longer
 _PLACES = f"({', '.join('?' * len(Row._fields))})"
 _BOOK = (
     f"INSERT INTO days ({', '.join((*GROUPS, *COUNTS))}) "
@@ -537,7 +537,8 @@ class History:
         """Sums of the last `days` grouped `by` some of GROUPS, what is not yet written included."""
         first = day_of(time.time() - 86400 * (days - 1))
         found: dict[tuple[str, ...], list[float]] = {}
-        is_ours = self._moving.acquire(timeout=WAIT_S)  # not for ever: the disk may hang
+        # While the disk hangs we go on without: what is being moved is left out.
+        is_ours = self._moving.acquire(timeout=WAIT_S)
         try:
             if self._path:
                 found = _asked(self._path, lambda db: sums_by(db, by, first), found)

@@ -229,7 +229,7 @@ def test_the_service_does_what_openapi_json_says(serve_once, tmp_path):
         [Path(sys.executable).parent / "schemathesis", "--config-file", "config.toml", "run",
          "--phases", "examples,coverage,fuzzing", "--request-timeout", "10", "--warnings", "off",
          "--url", service.base, ROOT / "parts/openapi.json"],
-        cwd=tmp_path, env=plain_environ(), capture_output=True, text=True,
+        cwd=tmp_path, env=plain_environ(), capture_output=True, text=True, timeout=180,
     )  # fmt: skip
 
     assert run.returncode == 0, run.stdout
